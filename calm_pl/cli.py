@@ -6,6 +6,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from calm_pl.progress import quiet
+
 # command -> (module with main(argv) -> int, what it does)
 COMMANDS = {
     "fit": (
@@ -34,6 +36,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run ``calm``; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--quiet" in argv:
+        with quiet():
+            return main([argument for argument in argv if argument != "--quiet"])
     if not argv or argv[0] in ("-h", "--help"):
         _parser().print_help()
         return 0
@@ -55,11 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     return argparse.ArgumentParser(
         prog="calm",
-        usage="calm COMMAND [options]",
+        usage="calm COMMAND [options] [--quiet]",
         description="Few-shot audio classification with the attention heads of a frozen audio-language model.",
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
-        + "\n\n`calm COMMAND --help` tells a command's options. A first run: calm fit",
+        + "\n\n--quiet, with any command: results and errors alone. In a log or in CI, progress is told in plain lines."
+        "\n`calm COMMAND --help` tells a command's options. A first run: calm fit",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

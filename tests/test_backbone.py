@@ -192,8 +192,18 @@ def test_an_encoder_decoder_gives_self_and_cross_attention_heads(shared, lengths
 def test_random_checkpoint_is_deterministic_and_has_a_telling_name(lengths):
     backbone = named_backbone("random-qwen2-audio")
     assert backbone.name == "random-qwen2-audio"
-    first, second = backbone.load(), backbone.load()
+    first, second = backbone.load(), FrozenLALM.from_pretrained("random-qwen2-audio")
     torch.testing.assert_close(first.head_outputs(lengths[:2]), second.head_outputs(lengths[:2]), rtol=0, atol=0)
+
+
+def test_a_process_keeps_the_model_that_it_loaded_last(tiny_lalm, tmp_path):
+    folder = shutil.copytree(tiny_lalm, tmp_path / "model")
+    loaded = Backbone(str(folder)).load()
+    assert Backbone(str(folder)).load() is loaded
+    (folder / "config.json").touch()  # as a new checkpoint would
+    assert Backbone(str(folder)).load() is not loaded
+    other = Backbone(str(folder), layers=(0,)).load()
+    assert other.num_layers == 1 and Backbone(str(folder)).load().num_layers == 4
 
 
 def test_store_key_follows_what_changes_a_head_output(tiny_lalm, tmp_path):

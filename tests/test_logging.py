@@ -48,7 +48,7 @@ def wandb_run(tones, tiny_lalm, tmp_path_factory) -> Path:
         "--model.methods.calm_learned.init_args.steps", "2", HOME=str(home), **NO_KEY,
     )  # fmt: skip
     assert fit.returncode == 0, fit.stderr
-    assert "logged offline" in fit.stdout and "wandb sync" in fit.stdout
+    assert "logged offline" in fit.stderr and "wandb sync" in fit.stderr
     return folder
 
 

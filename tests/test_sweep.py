@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,18 @@ def test_names_and_folders_are_plain():
     assert default_folder("shots", config) == Path("runs/sweep-shots-esc50-Qwen2-Audio-7B")
 
 
+COUNT_LOADS = """
+import sys
+from calm_pl import cli
+from calm_pl.backbone.lalm import FrozenLALM
+loads, load = [], FrozenLALM.from_pretrained
+FrozenLALM.from_pretrained = lambda path, **settings: loads.append(path) or load(path, **settings)
+code = cli.main()
+print("loaded", len(loads), "times")
+sys.exit(code)
+"""
+
+
 @pytest.fixture(scope="module")
 def sweep(tones, tiny_lalm, tmp_path_factory):
     """A sweep that ran in a process of its own: (its arguments, its folder, what it said)."""
@@ -86,14 +99,16 @@ def sweep(tones, tiny_lalm, tmp_path_factory):
     file = sweep_file(home, parameters={"data.shots": {"values": [1, 2]}, "data.seed": {"values": [0, 1]}})
     fast = ["--model.methods.calm_learned.init_args.steps", "2", "--trainer.enable_progress_bar", "false"]
     arguments = [file, "--out", home / "out", *options(tones, tiny_lalm, *fast)]
-    done = calm_process("sweep", *arguments, CALM_STORE=str(home / "heads"))
+    done = calm_process("sweep", *arguments, program=COUNT_LOADS, CALM_STORE=str(home / "heads"))
     assert done.returncode == 0, done.stderr
-    return arguments, home / "out", done.stdout, home
+    return arguments, home / "out", done, home
 
 
 def test_a_sweep_leaves_runs_a_table_and_a_plot(sweep):
     _, out, said, _ = sweep
-    assert "4 of 4 points" in said and "[4/4] shots=2,seed=1" in said and "1 shots" in said
+    assert "4 of 4 points" in said.stdout and "1 shots" in said.stdout
+    assert re.search(r"running points: 4 points\n(.*\n)*shots=2,seed=1: calm_learned \d+\.\d %", said.stderr)
+    assert said.stdout.count("run folder") == 0  # points show nothing of themselves
     for shots in (1, 2):
         for seed in (0, 1):
             results = json.loads((out / f"shots={shots},seed={seed}" / "results.json").read_text())
@@ -108,6 +123,10 @@ def test_a_sweep_leaves_runs_a_table_and_a_plot(sweep):
     assert (out / "plots" / "accuracy-over-shots.png").is_file() and (out / "comparison.html").is_file()
 
 
+def test_the_backbone_is_loaded_once_for_heads_and_words_of_all_points(sweep):
+    assert "loaded 1 times" in sweep[2].stdout
+
+
 def test_finished_points_are_skipped_and_others_run(sweep, monkeypatch):
     """After a restart: one point lost its results, one was run with another setting; two are left alone."""
     arguments, out, _, home = sweep
@@ -117,9 +136,8 @@ def test_finished_points_are_skipped_and_others_run(sweep, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
     again = calm_process("sweep", *arguments, CALM_STORE=str(home / "heads"))
     assert again.returncode == 0, again.stderr
-    assert "shots=1,seed=1" in again.stdout and "shots=2,seed=0" in again.stdout
-    assert "] shots=1,seed=0" not in again.stdout and "] shots=2,seed=1" not in again.stdout
-    assert "Loading weights" not in again.stderr  # the head store holds every clip
+    assert "2 of 4 points are finished already" in again.stderr and "running points: 2 points" in again.stderr
+    assert "loading tiny-random" not in again.stderr  # the head store holds every clip
     rerun = {file.parent.name for file in out.glob("*/results.json") if before.get(file) != file.stat().st_mtime_ns}
     assert rerun == {"shots=1,seed=1", "shots=2,seed=0"}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calm_pl.backbone.checkpoints import adapter_folder, resolve_checkpoint
 from calm_pl.headstore import file_digest
+from calm_pl.progress import is_animated, say
 
 if TYPE_CHECKING:
     from calm_pl.backbone.lalm import FrozenLALM
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 # Read by the processor or the model; a readme may change without changing a head output.
 FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+_loaded: dict[object, FrozenLALM] = {}  # the model that was loaded last
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,25 @@ class Backbone:
         return folder.resolve().name if folder.exists() else self.path
 
     def load(self, dtype: str = "float32", device: str = "cpu") -> FrozenLALM:
-        """Load the weights; see :meth:`FrozenLALM.from_pretrained`."""
+        """Load the weights; see :meth:`FrozenLALM.from_pretrained`.
+
+        A process keeps the model that it loaded last, so that reading heads, asking in words and the runs of a sweep
+        share it; it is let go before another one is loaded.
+        """
+        key = (repr(self), dtype, device, self._state_on_disk())
+        if key not in _loaded:
+            _loaded.clear()
+            _loaded[key] = self._load(dtype, device)
+        return _loaded[key]
+
+    def _load(self, dtype: str, device: str) -> FrozenLALM:
+        from transformers.utils import logging
+
         from calm_pl.backbone.lalm import FrozenLALM
 
+        say(f"loading {self.name}")
+        if not is_animated():
+            logging.disable_progress_bar()
         return FrozenLALM.from_pretrained(
             self.path,
             dtype=dtype,
@@ -83,6 +101,13 @@ class Backbone:
             quantization=self.quantization,  # type: ignore[arg-type]  # checked by placement
             adapter=self.adapter,
         )
+
+    def _state_on_disk(self) -> tuple[tuple[str, int, int], ...]:
+        """Names, sizes and times of the files that a loaded model was read from: cheaper than their digests."""
+        checkpoint = resolve_checkpoint(self.path, self.revision)
+        folders = [checkpoint] if self.adapter is None else [checkpoint, adapter_folder(self.adapter, checkpoint)]
+        files = [(str(file), file.stat()) for folder in folders for file in _read_files(folder)]
+        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
     def clip_processor(self) -> ClipProcessor:
         """The half that workers need: no weights are read."""
@@ -139,5 +164,8 @@ class Backbone:
 
 
 def _digests(folder: Path, root: str | Path | None) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in FINGERPRINTED)
-    return {file.name: file_digest(file, root) for file in files}
+    return {file.name: file_digest(file, root) for file in _read_files(folder)}
+
+
+def _read_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in FINGERPRINTED)

@@ -48,10 +48,9 @@ def _list() -> int:
 
 
 def _check(name: str, data_dir: str | None) -> int:
-    from rich.progress import track
-
     from calm_pl.data.check import check_clips
     from calm_pl.data.recipes import RECIPES
+    from calm_pl.progress import track
 
     if name not in RECIPES:
         print(f"unknown data set {name!r}; there are {', '.join(RECIPES)}", file=sys.stderr)
@@ -63,7 +62,7 @@ def _check(name: str, data_dir: str | None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    found = check_clips(clips, lambda each: track(each, f"Decoding {name}", total=len(clips)))
+    found = check_clips(clips, lambda each: track(each, f"decoding {name}", len(clips), "clips"))
     _show(found)
     return 1 if found.broken or found.leaks else 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_pl.conf import CONF_DIR, config_names, find_config
+from calm_pl.progress import Task, quiet, say
 
 # Where a run lies, not what it computes.
 PLACES = {"run_dir", "trainer.default_root_dir", "trainer.logger.init_args.save_dir"}
@@ -129,23 +130,26 @@ def run_points(
     from filelock import FileLock, Timeout
 
     failed: dict[str, str] = {}
-    for wait in (0, -1):
-        for number, (point, config, folder) in enumerate(zip(points, configs, folders, strict=True), 1):
-            if point.name in failed or is_finished(folder, config):
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with FileLock(folder / ".running", timeout=wait):
-                    if is_finished(folder, config):
-                        continue
-                    print(f"[{number}/{len(points)}] {point.name}", flush=True)
-                    (folder / "results.json").unlink(missing_ok=True)  # of another configuration
-                    _calm("fit", point, f"--run_dir={folder}")
-            except Timeout:
-                continue
-            except SystemExit as stop:
-                if stop.code:
+    left = [job for job in zip(points, configs, folders, strict=True) if not is_finished(job[2], job[1])]
+    if len(left) < len(points):
+        say(f"{len(points) - len(left)} of {len(points)} points are finished already")
+    with Task("running points", len(left), "points") as task:
+        for wait in (0, -1):
+            for job in list(left):
+                point, config, folder = job
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    with FileLock(folder / ".running", timeout=wait):
+                        if not is_finished(folder, config):
+                            (folder / "results.json").unlink(missing_ok=True)  # of another configuration
+                            _calm_fit(point, folder)
+                        say(f"{point.name}: {_outcome(folder, config)}")
+                except Timeout:
+                    continue
+                except SystemExit as stop:
                     failed[point.name] = str(stop.code)
+                left.remove(job)
+                task.advance(note=point.name)
     return failed
 
 
@@ -179,6 +183,25 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flat(config) if name not in PLACES}
+
+
+def _calm_fit(point: Point, folder: Path) -> None:
+    """One point, which shows nothing of itself: a sweep tells how it gets on as a whole.
+
+    Raises:
+        SystemExit: it failed, with the reason.
+    """
+    with quiet(), redirect_stdout(io.StringIO()):
+        _calm("fit", point, f"--run_dir={folder}")
+
+
+def _outcome(folder: Path, config: Mapping[str, Any]) -> str:
+    """``calm_learned 85.4 %``: the method that the run keeps."""
+    import json
+
+    kept = config["model"]["classifier"]
+    figures = json.loads((folder / "results.json").read_text())["methods"].get(kept)
+    return f"{kept} {100 * figures['accuracy']:.1f} %" if figures else "done"
 
 
 def _calm(command: str, point: Point, *more: str) -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
@@ -19,6 +20,7 @@ from calm_pl.conf import CONF_DIR
 from calm_pl.data.datamodule import AudioEpisodeDataModule, default_run_dir
 from calm_pl.training.logging import LogRun
 from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
+from calm_pl.training.progress import RunProgress
 from calm_pl.training.results import print_table
 from calm_pl.training.run_folder import RunFolder, SaveRunConfig
 from calm_pl.training.trainer import CalmTrainer
@@ -78,6 +80,12 @@ class CalmCLI(LightningCLI):
         if isinstance(logger, Namespace) and logger.init_args.get("save_dir", ".") in (None, ""):
             logger.init_args.save_dir = str(run_dir)
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Lightning's Trainer with this project's progress display, unless the user wants none."""
+        if self.config[self.subcommand].trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(RunProgress())
+        return super().instantiate_trainer(**kwargs)
+
     def after_instantiate_classes(self) -> None:
         self._dump_config()
         self.model.run_config = yaml.safe_dump(self.config_dump, sort_keys=False)
@@ -91,6 +99,8 @@ class CalmCLI(LightningCLI):
         if self.config[self.subcommand].test_after_fit and self.datamodule.usable("test"):
             self.trainer.test(self.model, self.datamodule, verbose=False)
             self.after_test()
+        elif self.trainer.is_global_zero:
+            print(f"not tested; run folder: {folder.resolve()}")
 
     def after_test(self) -> None:
         """One table, and where everything lies."""

@@ -18,7 +18,6 @@ from typing import Any
 import lightning as L
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from calm_pl.data.recipes import Recipe
 from calm_pl.data.splits import check_disjoint, draw_support
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.compare import Difference, Fold, Row, compare, half_width, paired_differences
+from calm_pl.progress import Task
 from calm_pl.training.extraction import HeadExtraction, extract_missing, weights_dtype
 from calm_pl.training.results import write_json
 
@@ -70,11 +70,10 @@ def run_comparison(
         done={row.key for row in rows},
     )
     total = len(folds) * len(shots) * len(seeds) * len(methods) - len(rows)
-    with Progress() as progress:
-        task = progress.add_task("fitting", total=max(total, 0))
+    with Task("fitting and testing", max(total, 0), "fits") as task:
         for row in _kept(made, out / ROWS_FILE):
             rows.append(row)
-            progress.advance(task)
+            task.advance(note=f"{row.method}, {row.shots} shots")
     return rows
 
 

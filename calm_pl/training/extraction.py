@@ -24,8 +24,9 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
 from calm_pl.data.stream import DEFAULT_BATCH_SIZE, BatchSize, ClipBatch, ClipBatches, ShardBatches, stream_loader
 from calm_pl.headstore import HeadStore
+from calm_pl.progress import say
 from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
-from calm_pl.training.progress import ExtractionProgress
+from calm_pl.training.progress import ExtractionProgress, shows_progress
 
 # What the Trainer's precision means for frozen weights; under "-mixed" they stay float32 and autocast does the rest.
 PRECISION_DTYPES = {
@@ -244,7 +245,7 @@ def chosen_batch_size(trainer: L.Trainer, extraction: L.LightningModule, clips: 
     size = DEFAULT_BATCH_SIZE
     if clips and _on_gpu(trainer) and trainer.is_global_zero:
         size = fitting_batch_size(extraction.vectors, extraction.lalm.processor, clips)
-        print(f"batch size: {size}")
+        say(f"batch size: {size}")
     return trainer.strategy.broadcast(size)
 
 
@@ -275,7 +276,7 @@ def extract_missing(
     if trainer.is_global_zero:
         extraction.backbone.clip_processor().warn_of_cut_clips([clips[index] for index in data.wanted])
     device = trainer.strategy.root_device
-    progress = ExtractionProgress(trainer.is_global_zero and trainer.progress_bar_callback is not None)
+    progress = ExtractionProgress(shows_progress(trainer))
     # The ranks are there already: each runs a Trainer of its own on its own device.
     inner = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
@@ -291,7 +292,7 @@ def extract_missing(
     trainer.strategy.barrier("head store written")
     if trainer.is_global_zero:
         store.compact()
-        print(f"{extraction.title}: {progress.summary(trainer.world_size)}")
+        say(f"{extraction.title}: {progress.summary(trainer.world_size)}")
     missing = store.missing(data.keys)
     return unusable_clips(clips, missing, extraction.backbone)
 

@@ -6,6 +6,7 @@ wandb takes two seconds to import, so it is imported where it is used: runs that
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,10 @@ class RunLogger(WandbLogger):
             return super().experiment
         except (UsageError, CommError) as error:
             reason = str(error).strip().splitlines()[0]
-            print(f"W&B: {reason}\nThis run is logged offline: `wandb login`, then `wandb sync`, sends it.")
+            print(
+                f"W&B: {reason}\nThis run is logged offline: `wandb login`, then `wandb sync`, sends it.",
+                file=sys.stderr,
+            )
             # `wandb.init` prefers the environment's mode to its own argument.
             os.environ["WANDB_MODE"] = self._wandb_init["mode"] = "offline"
             return super().experiment

@@ -22,8 +22,10 @@ from calm_pl.data.stream import ClipBatch
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.learned import LearnedWeights
+from calm_pl.progress import Task
 from calm_pl.training.extraction import HeadExtraction, ZeroShotExtraction, extract_missing, weights_dtype
 from calm_pl.training.metrics import ClipScores
+from calm_pl.training.progress import shows_progress
 
 CHECKPOINT_KEY = "calm_pl"
 
@@ -119,11 +121,13 @@ class CalmModule(L.LightningModule):
         # On this rank's device, where the optimiser will want everything.
         support = self.data.support().to(self.trainer.strategy.root_device)
         self.classes = self.data.classes
-        for name, method in self.methods.items():
-            started = time.perf_counter()
-            fit = method.start if isinstance(method, LearnedWeights) else method.fit
-            fit(support.heads_BKD, support.labels_B, len(self.classes))
-            self.timing[f"fit_{name}_seconds"] = time.perf_counter() - started
+        with Task("fitting on the support set", len(self.methods), "methods", shows_progress(self.trainer)) as task:
+            for name, method in self.methods.items():
+                started = time.perf_counter()
+                fit = method.start if isinstance(method, LearnedWeights) else method.fit
+                fit(support.heads_BKD, support.labels_B, len(self.classes))
+                self.timing[f"fit_{name}_seconds"] = time.perf_counter() - started
+                task.advance(note=name)
 
     def _plan_steps(self) -> None:
         """As many optimiser steps as the support set asked for, unless the Trainer allows fewer."""

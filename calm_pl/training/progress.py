@@ -1,4 +1,4 @@
-"""What an extraction shows while it runs, and tells when it is done."""
+"""What a run shows while it works: head outputs being read, weights being learned, clips being tested."""
 
 from __future__ import annotations
 
@@ -6,14 +6,105 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning.pytorch.callbacks import Callback, ProgressBar
 
+from calm_pl.data.datamodule import LabelledHeads
 from calm_pl.data.stream import ClipBatch
+from calm_pl.progress import Task, say
+
+
+def shows_progress(trainer: L.Trainer) -> bool:
+    """Whether this process tells how a run gets on: rank 0, unless ``enable_progress_bar`` is off."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
+class RunProgress(ProgressBar):
+    """Lightning's place for a progress bar: learning and testing, each counted to its own end.
+
+    Lightning's own bar starts anew each epoch, and an epoch of ten steps says nothing about the time left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = True
+        self._task: Task | None = None
+
+    def disable(self) -> None:
+        self._shown = False
+
+    def enable(self) -> None:
+        self._shown = True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage == "fit" and self._shown:
+            support, test = len(data.usable("support")), len(data.usable("test"))
+            say(
+                f"{data.recipe.name}, {data.backbone.name}: {support:,} labelled clips of {len(data.classes)} classes "
+                f"to learn from, {test:,} to test on"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin("learning weights", trainer.max_steps if trainer.max_steps >= 0 else None, "steps")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._advance(1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin("testing", _clips_of_this_rank(trainer, "test"), "clips")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.training:
+            self._begin("validating", _clips_of_this_rank(trainer, "val"), "clips")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin("predicting", _clips_of_this_rank(trainer, "test"), "clips")
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: LabelledHeads,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._advance(len(batch.indices_B))
+
+    on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end()  # before the module asks the backbone in words, which has a bar of its own
+
+    on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _begin(self, title: str, total: int | None, unit: str) -> None:
+        self._task = Task(title, total, unit, self._shown)
+
+    def _advance(self, count: int) -> None:
+        if self._task is not None:
+            self._task.advance(count)
+
+    def _end(self) -> None:
+        if self._task is not None:
+            self._task.close()
+        self._task = None
+
+
+def _clips_of_this_rank(trainer: L.Trainer, part: str) -> int | None:
+    data: Any = getattr(trainer, "datamodule", None)
+    return None if data.streams else -(-len(data.usable(part)) // trainer.world_size)
 
 
 class ExtractionProgress(Callback):
-    """One bar: clips done, clips/s, time left; and how long the model waited for decoded clips.
+    """Clips done, clips/s, time left; and how long the model waited for decoded clips.
 
     Attributes:
         clips: that went through the model or could not be used, on this rank.
@@ -23,18 +114,11 @@ class ExtractionProgress(Callback):
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("clips  {task.fields[rate]:.1f} clips/s  left"),
-            TimeRemainingColumn(),
-            disable=not enabled,
-        )
-        self.task = self.progress.add_task("", total=None, rate=0.0)
+        self.enabled = enabled
         self.clips = 0
         self.errors: list[str] = []
         self.startup_seconds = 0.0
+        self._task: Task | None = None
         self._began: float | None = None
         self._waited = self._seconds = 0.0
 
@@ -51,8 +135,7 @@ class ExtractionProgress(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = getattr(getattr(trainer, "datamodule", None), "clips_of_this_rank", None)
-        self.progress.update(self.task, description=getattr(pl_module, "title", ""), total=total)
-        self.progress.start()
+        self._task = Task(getattr(pl_module, "title", ""), total, "clips", self.enabled and total != 0)
 
     def on_predict_batch_start(self, *_: Any) -> None:
         now = time.perf_counter()
@@ -64,19 +147,17 @@ class ExtractionProgress(Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ClipBatch, *_: Any
     ) -> None:
-        assert self._began is not None
+        assert self._began is not None and self._task is not None
         self._idle_since = time.perf_counter()
         self._seconds = self._idle_since - self._began
         done = len(batch.clips) + len(batch.errors)
         self.clips += done
         self.errors += batch.errors
-        self.progress.update(self.task, advance=done, rate=self.clips_per_second)
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.progress.stop()
+        self._task.advance(done, f"{self.clips_per_second:.1f} clips/s")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.progress.stop()
+        if self._task is not None:
+            self._task.close()
 
     def summary(self, world_size: int) -> str:
         """Clips, speed, and the share of time that the model waited for decoded clips, on this rank."""

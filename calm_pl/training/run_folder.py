@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
+from calm_pl.progress import say
 from calm_pl.training.module import CalmModule
 from calm_pl.training.results import write_json, write_predictions
 
@@ -39,6 +40,7 @@ class RunFolder(Callback):
             folder = Path(trainer.default_root_dir)
             results["head_sites"] = head_sites(pl_module.data.heads.head_names or ())
             write_json(folder / "results.json", results)
+            say("writing the report")
             write_report(folder)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,7 +15,7 @@ from calm_pl.training.extraction import (
     weights_dtype,
 )
 from calm_pl.training.module import CalmModule
-from calm_pl.training.progress import ExtractionProgress
+from calm_pl.training.progress import ExtractionProgress, shows_progress
 
 
 class CalmTrainer(L.Trainer):
@@ -31,7 +31,7 @@ class CalmTrainer(L.Trainer):
         store = datamodule.make_store(weights_dtype(self.precision))
         options = (backbone, store, datamodule.batch_size, datamodule.num_workers)
         recipe.prepare()
-        progress = ExtractionProgress(enabled=self.is_global_zero)
+        progress = ExtractionProgress(shows_progress(self))
         self.callbacks = [StoreWriter(store), progress]
         data: ClipDataModule | ShardDataModule
         if isinstance(recipe, Shards):

@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from filelock import FileLock
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from calm_pl.data.recipes.base import DataMissingError, absent
+from calm_pl.progress import Task
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
@@ -104,14 +97,15 @@ def _download(url: str, partial: Path) -> None:
 
 
 def _receive(reply: IO[bytes], partial: Path, held: int, rest: int) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress, partial.open("ab" if held else "wb") as file:
-        task = progress.add_task(partial.stem, total=held + rest if rest else None, completed=held)
+    with (
+        Task(f"fetching {partial.stem}", rest // _CHUNK or None, "MiB") as task,
+        partial.open("ab" if held else "wb") as file,
+    ):
         received = 0
         while chunk := reply.read(_CHUNK):
             file.write(chunk)
             received += len(chunk)
-            progress.update(task, advance=len(chunk))
+            task.advance(received // _CHUNK - task.done)
     if received < rest:
         raise http.client.IncompleteRead(b"", rest - received)
 

@@ -9,13 +9,13 @@ from typing import ClassVar
 import numpy as np
 import soundfile
 from numpy.random import Generator
-from rich.progress import track
 
 from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest, write_manifest
 from calm_pl.data.recipes.base import data_root, make_once
 from calm_pl.data.recipes.sounds import SOUNDS
 from calm_pl.data.recipes.synthesis import RATE, Wave, background, microphone, room
+from calm_pl.progress import track
 
 VERSION = 1  # part of the folder's name: change it with anything that changes a sound
 TRAIN, TEST = 25, 15  # clips a class
@@ -48,7 +48,7 @@ class Synthetic:
     def _make(self, folder: Path) -> None:
         numbered = [(label, number) for label in SOUNDS for number in range(TRAIN + TEST)]
         clips = []
-        for label, number in track(numbered, "Making the synthetic data set"):
+        for label, number in track(numbered, "making the synthetic data set", len(numbered), "clips"):
             split = "train" if number < TRAIN else "test"
             path = folder / split / label.replace(" ", "_") / f"{number:02d}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
