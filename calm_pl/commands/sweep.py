@@ -7,7 +7,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,7 @@ from typing import Any
 
 from calm_pl.conf import CONF_DIR, config_names, find_config
 from calm_pl.progress import Task, quiet, say
-
-# Where a run lies, not what it computes.
-PLACES = {"run_dir", "trainer.default_root_dir", "trainer.logger.init_args.save_dir"}
+from calm_pl.training.finished import is_finished
 
 
 @dataclass(frozen=True)
@@ -109,15 +107,6 @@ def fit_config(point: Point) -> dict[str, Any]:
     return yaml.safe_load(shown.getvalue())  # type: ignore[no-any-return]
 
 
-def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run folder holds the results of exactly this configuration."""
-    import yaml
-
-    if not (folder / "results.json").is_file() or not (folder / "config.yaml").is_file():
-        return False
-    return _what(yaml.safe_load((folder / "config.yaml").read_text())) == _what(config)
-
-
 def run_points(
     points: Sequence[Point], configs: Sequence[Mapping[str, Any]], folders: Sequence[Path]
 ) -> dict[str, str]:
@@ -170,19 +159,6 @@ def default_folder(name: str, config: Mapping[str, Any]) -> Path:
     recipe = config["data"]["recipe"]["class_path"].rpartition(".")[2].lower()
     backbone = Path(config["data"]["backbone"]["path"]).name
     return Path("runs") / f"sweep-{name}-{recipe}-{backbone}"
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a nested configuration."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat(config) if name not in PLACES}
 
 
 def _calm_fit(point: Point, folder: Path) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from calm_pl.conf import CONF_DIR
 from calm_pl.data.datamodule import AudioEpisodeDataModule, default_run_dir
+from calm_pl.training.folds import folds_of, run_folds
 from calm_pl.training.logging import LogRun
 from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
 from calm_pl.training.progress import RunProgress
@@ -29,9 +30,15 @@ LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 class CalmCLI(LightningCLI):
-    """``calm fit`` learns, saves and tests; ``validate``, ``test`` and ``predict`` take a checkpoint alone."""
+    """``calm fit`` learns, saves and tests; ``validate``, ``test`` and ``predict`` take a checkpoint alone.
 
-    def __init__(self) -> None:
+    Args:
+        config: what to run; None takes it from the command line.
+        about: what this run is a part of; its results are then told in one line instead of a table.
+    """
+
+    def __init__(self, config: Namespace | None = None, about: str | None = None) -> None:
+        self.given, self.about = config, about
         defaults = {"default_config_files": [str(CONF_DIR / "calm.yaml")]}
         super().__init__(
             CalmModule,
@@ -67,6 +74,12 @@ class CalmCLI(LightningCLI):
             help="test right after fitting, where there are test clips",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if self.given is None:
+            super().parse_arguments(parser, args)
+        else:
+            self.config = parser.parse_object(self.given)
+
     def before_instantiate_classes(self) -> None:
         """Give the run its folder, and its checkpoint a place in it."""
         config = self.config[self.subcommand]
@@ -74,7 +87,10 @@ class CalmCLI(LightningCLI):
         run_dir = config.run_dir or default_run_dir(
             recipe_name(data.recipe.class_path), data.backbone.path, data.shots, data.seed
         )
+        if not config.run_dir and data.recipe.init_args.get("test_fold") == "all":
+            run_dir = f"{run_dir}-all-folds"
         config.run_dir = str(run_dir)
+        self.asked = self.config.clone()
         config.trainer.default_root_dir = str(run_dir)
         logger = config.trainer.logger
         if isinstance(logger, Namespace) and logger.init_args.get("save_dir", ".") in (None, ""):
@@ -90,9 +106,16 @@ class CalmCLI(LightningCLI):
         self._dump_config()
         self.model.run_config = yaml.safe_dump(self.config_dump, sort_keys=False)
 
+    def fit(self, **arguments: Any) -> None:
+        """Lightning's fit; with ``test_fold: all`` one of each fold."""
+        if folds_of(self.datamodule.recipe):
+            run_folds(self)
+        else:
+            self.trainer.fit(**arguments)
+
     def after_fit(self) -> None:
         """Keep the checkpoint that a run is tested again from, and test it."""
-        if self.config[self.subcommand].trainer.fast_dev_run:
+        if self.config[self.subcommand].trainer.fast_dev_run or folds_of(self.datamodule.recipe):
             return
         folder = Path(self.trainer.default_root_dir)
         self.trainer.save_checkpoint(folder / LAST_CHECKPOINT)
@@ -104,8 +127,13 @@ class CalmCLI(LightningCLI):
 
     def after_test(self) -> None:
         """One table, and where everything lies."""
-        if self.trainer.is_global_zero:
-            results = self.model.results()
+        if not self.trainer.is_global_zero:
+            return
+        results = self.model.results()
+        if self.about:
+            shown = (f"{name} {100 * figures['accuracy']:.1f} %" for name, figures in results["methods"].items())
+            print(f"{self.about}: {', '.join(shown)}", flush=True)
+        else:
             print_table(results, results["splits"]["test"])
             print(f"run folder: {Path(self.trainer.default_root_dir).resolve()}")
 

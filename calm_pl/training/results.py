@@ -42,14 +42,15 @@ def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str],
 
 
 def results_table(results: Mapping[str, Any], clips: int, part: str = "test") -> Table:
-    """The methods of one run side by side, best accuracy in bold, with 95 % intervals."""
+    """The methods of one run side by side, best accuracy in bold, with 95 % intervals; of several folds their means."""
+    over = f"{len(results['folds'])} folds" if "folds" in results else f"the {part} clips"
     shots = "all" if results["shots"] is None else results["shots"]
     table = Table(
         title=(
             f"{results['dataset']} · {results['backbone']} · {shots} shots · seed {results['seed']} · "
             f"{results['protocol']} protocol · {clips} {part} clips"
         ),
-        caption=f"\\[low, high]: 95 % interval over the {part} clips",
+        caption=f"\\[low, high]: 95 % interval over {over}",
     )
     table.add_column("method", no_wrap=True)
     for title in COLUMNS.values():

@@ -37,7 +37,7 @@ class CalmTrainer(L.Trainer):
         if isinstance(recipe, Shards):
             data = ShardDataModule(recipe.urls(), *options)
         else:
-            data = ClipDataModule(recipe.clips(), *options)
+            data = ClipDataModule(datamodule.asked(recipe.clips()), *options)
         self.predict(HeadExtraction(backbone), datamodule=data, return_predictions=False)
         self.strategy.barrier("head store written")
         errors = of_all_ranks(progress.errors)

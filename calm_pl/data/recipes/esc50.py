@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from calm_pl.clip import Clip
 from calm_pl.data.recipes.base import data_root
@@ -19,19 +19,19 @@ class Esc50:
 
     Attributes:
         data_dir: folder that holds `meta/esc50.csv` and `audio/`; None is the data cache.
-        test_fold: 1 to 5.
+        test_fold: 1 to 5; `all` is for `calm fit`, which runs every fold and averages (elsewhere: no test).
     """
 
     data_dir: str | None = None
-    test_fold: int = 1
+    test_fold: int | Literal["all"] = 1
 
     name: ClassVar[str] = "esc50"
     num_folds: ClassVar[int] = 5
     question: ClassVar[str] = "What sound is this?"
 
     def __post_init__(self) -> None:
-        if self.test_fold not in range(1, 6):
-            raise ValueError(f"test_fold is {self.test_fold}; ESC-50 has folds 1 to 5")
+        if self.test_fold not in ("all", *range(1, 6)):
+            raise ValueError(f"test_fold is {self.test_fold}; ESC-50 has folds 1 to 5, or all")
 
     def prepare(self) -> None:
         fetch_archive(data_root("esc50", self.data_dir), URL, ["meta/esc50.csv", "audio"])
@@ -59,7 +59,7 @@ class Esc10(Esc50):
 
     Attributes:
         data_dir: folder of ESC-50 (or of a copy of ESC-10 laid out alike); None is the data cache.
-        test_fold: 1 to 5.
+        test_fold: 1 to 5; `all` is for `calm fit`, which runs every fold and averages (elsewhere: no test).
     """
 
     name: ClassVar[str] = "esc10"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from calm_pl.clip import Clip
 from calm_pl.data.recipes.base import data_root
@@ -21,13 +21,13 @@ class UrbanSound8K:
 
     Attributes:
         data_dir: folder that holds `metadata/UrbanSound8K.csv` and `audio/fold1` to `fold10`; None is the data cache.
-        test_fold: 1 to 10.
+        test_fold: 1 to 10; `all` is for `calm fit`, which runs every fold and averages (elsewhere: no test).
         shuffle_seed: draw the tenth that is tested by recording instead of by fold. Not comparable to published
             results; a warning says so.
     """
 
     data_dir: str | None = None
-    test_fold: int = 1
+    test_fold: int | Literal["all"] = 1
     shuffle_seed: int | None = None
 
     name: ClassVar[str] = "urbansound8k"
@@ -35,8 +35,8 @@ class UrbanSound8K:
     question: ClassVar[str] = "What sound is this?"
 
     def __post_init__(self) -> None:
-        if self.test_fold not in range(1, 11):
-            raise ValueError(f"test_fold is {self.test_fold}; UrbanSound8K has folds 1 to 10")
+        if self.test_fold not in ("all", *range(1, 11)):
+            raise ValueError(f"test_fold is {self.test_fold}; UrbanSound8K has folds 1 to 10, or all")
 
     def prepare(self) -> None:
         fetch_archive(data_root(self.name, self.data_dir), URL, ["metadata/UrbanSound8K.csv", "audio"])

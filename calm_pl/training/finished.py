@@ -1,0 +1,32 @@
+"""Whether a run folder holds the results of a configuration, so that it need not be run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Where a run lies, not what it computes.
+PLACES = {"run_dir", "trainer.default_root_dir", "trainer.logger.init_args.save_dir"}
+
+
+def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run folder holds the results of exactly this configuration."""
+    import yaml
+
+    if not (folder / "results.json").is_file() or not (folder / "config.yaml").is_file():
+        return False
+    return _what(yaml.safe_load((folder / "config.yaml").read_text())) == _what(config)
+
+
+def _what(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in _flat(config) if name not in PLACES}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested configuration."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
