@@ -65,12 +65,13 @@ format: $(STAMP)  ## let ruff format the code
 WHISPER ?= ../shared/models/whisper-tiny.en
 ESC     ?= ../shared/data/esc10
 WORK    ?= build/calm-tiny
+MINUTES ?= 60
 
 calm-tiny: $(STAMP)  ## make the built-in model again: hours; see pretraining/README.md
 	mkdir -p $(WORK)
 	$(BIN)/python -m pretraining.corpus --work $(WORK) --esc50-names $(ESC)/audio
 	$(BIN)/python -m pretraining.encode --work $(WORK) --whisper $(WHISPER)
-	$(BIN)/python -m pretraining.train --work $(WORK) --whisper $(WHISPER) --minutes 60
+	$(BIN)/python -m pretraining.train --work $(WORK) --whisper $(WHISPER) --minutes $(MINUTES)
 	$(BIN)/python -m pretraining.export --work $(WORK)
 	$(BIN)/python -m tests.test_calm_tiny
 	$(BIN)/python -m pretraining.evaluate --data $(ESC)

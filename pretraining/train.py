@@ -25,7 +25,10 @@ from pretraining.labels import OPEN_QUESTION, SUFFIX
 from pretraining.model import build_model, build_processor, build_tokenizer, load_whisper, spread_projector
 from pretraining.questions import Packed, Questioner, Rng, every_text, pack
 
-KEPT = ([8, 16, 40, 125], [0.5, 0.3, 0.12, 0.08])  # audio tokens of a clip seen in one step, at most, drawn at random
+# Audio tokens of a clip seen in one step, at most, drawn at random; few are cheap, and towards the end of training
+# most clips are seen whole, as they are when the model is used.
+KEPT = (8, 16, 40, 125)
+KEPT_CHANCE, KEPT_CHANCE_LATE, LATE = (0.5, 0.3, 0.12, 0.08), (0.1, 0.1, 0.3, 0.5), 0.7
 SECOND = 0.45  # share of steps with a second question behind each clip
 
 
@@ -81,9 +84,9 @@ class Batches:
         self.chance = weight[self.labels[self.train]] * recorded
         self.chance /= self.chance.sum()
 
-    def draw(self, rng: Rng, size: int) -> tuple[np.ndarray, Tensor, list[np.ndarray]]:
+    def draw(self, rng: Rng, size: int, late: bool) -> tuple[np.ndarray, Tensor, list[np.ndarray]]:
         chosen = rng.choice(self.train, size, p=self.chance)
-        limit = int(rng.choice(KEPT[0], p=KEPT[1]))
+        limit = int(rng.choice(KEPT, p=KEPT_CHANCE_LATE if late else KEPT_CHANCE))
         return chosen, *self.read(chosen, limit, rng)
 
     def read(self, chosen: np.ndarray, limit: int = 125, rng: Rng | None = None) -> tuple[Tensor, list[np.ndarray]]:
@@ -180,7 +183,7 @@ def main() -> None:
             group["lr"] = (
                 options.rate * min((step + 1) / 100, 1) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
             )
-        chosen, audio, places = batches.draw(rng, options.batch)
+        chosen, audio, places = batches.draw(rng, options.batch, share > LATE)
         second = rng.random() < SECOND
         packed = pack(tokenizer, places, [questioner.draw(rng, batches.clips[i], second) for i in chosen])
         with torch.autocast("cpu", torch.bfloat16):

@@ -24,14 +24,14 @@ from calm_pl.methods.weighting import entmax, entmax_logits, penalty
 from tests.test_baselines import make_set
 
 
-def left_out_by_hand(heads, labels, num_classes, shrinkage):
+def left_out_by_hand(heads, labels, num_classes, shrinkage, centre=1.0):
     cosines = []
     for n in range(len(heads)):
         rest = torch.arange(len(heads)) != n
         mean, transform = F.whitening(heads[rest], labels[rest], num_classes, shrinkage)
         prototypes = F.class_prototypes(heads[rest], labels[rest], num_classes)
-        queries = F.whiten(heads[n : n + 1], mean, transform)
-        cosines.append(F.cosines(queries, F.whiten(prototypes, mean, transform)))
+        queries = F.whiten(heads[n : n + 1], centre * mean, transform)
+        cosines.append(F.cosines(queries, F.whiten(prototypes, centre * mean, transform)))
     return torch.cat(cosines)
 
 
@@ -42,13 +42,14 @@ def test_leaving_out_of_raw_prototypes_is_exact():
 
 @pytest.mark.parametrize("width", [6, 40])
 @pytest.mark.parametrize("shrinkage", [0.1, 0.4, 1.0])
-def test_leaving_out_of_the_metric_is_close_to_doing_it_by_hand(width, shrinkage):
+@pytest.mark.parametrize("centre", [0.5, 1.0])
+def test_leaving_out_of_the_metric_is_close_to_doing_it_by_hand(width, shrinkage, centre):
     heads, labels = make_set(5, width=width)
-    metric = HeadMetric.estimate(heads, labels, 4)
-    expected = left_out_by_hand(heads, labels, 4, shrinkage)
+    metric = HeadMetric.estimate(heads, labels, 4, centre)
+    expected = left_out_by_hand(heads, labels, 4, shrinkage, centre)
     error = (LeaveOneOut(heads, labels, 4, metric).cosines(shrinkage) - expected).abs()
     mean, transform = F.whitening(heads, labels, 4, shrinkage)
-    naive = F.leave_one_out_cosines(F.whiten(heads, mean, transform), labels, 4)
+    naive = F.leave_one_out_cosines(F.whiten(heads, centre * mean, transform), labels, 4)
     assert error.max() < 0.05
     assert error.mean() < 0.1 * (naive - expected).abs().mean()
 
@@ -143,15 +144,16 @@ def test_the_penalty_is_nothing_at_the_start_and_grows_with_moving():
     assert penalty(apart, start, 0.0, 1.0) > 1e-4
 
 
-def test_learning_stops_at_what_one_standard_error_cannot_tell_from_the_best():
+def test_learning_stops_at_what_standard_errors_cannot_tell_from_the_best():
     def tried(steps, nll):
         return Tried(Trust(steps=steps), torch.tensor(nll), 0.5, torch.zeros(0), torch.zeros(0))
 
     start = tried(0, [1.0, 1.0, 1.0, 1.0])
     doubtful = tried(10, [0.2, 1.7, 0.3, 1.6])
     middle, clear = tried(10, [0.9, 0.9, 0.9, 0.9]), tried(20, [0.5, 0.5, 0.6, 0.6])
-    assert choose([start, doubtful]) is start
-    assert choose([start, middle, clear]) is clear
+    assert choose([start, doubtful], 1.0) is start
+    assert choose([start, middle, clear], 1.0) is clear
+    assert choose([start, doubtful], 0.0) is doubtful
 
 
 @pytest.mark.parametrize("shots", [None, 2])
@@ -199,12 +201,56 @@ def test_fit_is_start_steps_finish():
     assert torch.equal(learner.finish()(heads), fitted(heads))
 
 
-def test_one_clip_a_class_falls_back_to_the_formula():
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_one_clip_a_class_falls_back_to_weights_that_all_classes_share(alpha):
     heads, labels = make_set(1)
-    queries, _ = make_set(10, seed=5)
-    learned, formula = LearnedWeights().fit(heads, labels, 4), Calm().fit(heads, labels, 4)
-    assert_close(learned(queries), formula(queries), atol=1e-4, rtol=1e-3)
+    learned = LearnedWeights(alpha=alpha).fit(heads, labels, 4)
     assert learned.choices()["steps"] == 0
+    assert_close(learned.weights(), learned.weights()[:, :1].expand(-1, 4))
+    queries, truth = make_set(10, seed=5)
+    assert (learned(queries).argmax(1) == truth).float().mean() > 0.5
+
+
+def test_settings_are_a_mean_that_leans_to_the_likeliest():
+    heads, labels = make_set(6, noise=1.5)
+    choices = LearnedWeights().fit(heads, labels, 4).choices()
+    assert 0.07 <= choices["tau"] <= 0.3 and 0.01 <= choices["shrinkage"] <= 1.0
+    # With endless clips the mean is the likeliest setting.
+    heads, labels = make_set(100, noise=1.5)
+    choices = LearnedWeights(steps=0).fit(heads, labels, 4).choices()
+    assert {name: choices[name] for name in ("tau", "shrinkage")} == pytest.approx(
+        {name: choices["likeliest"][name] for name in ("tau", "shrinkage")}, rel=0.2
+    )
+
+
+@pytest.mark.parametrize("method", [Calm, LearnedWeights])
+@pytest.mark.parametrize("estimate", ["ledoit_wolf", "oas"])
+def test_a_formula_for_the_shrinkage_can_be_named(method, estimate):
+    heads, labels = make_set(6, noise=1.5)
+    given = {"metric": "whitened"} if method is Calm else {}
+    fitted = method(shrinkage=estimate, **given).fit(heads, labels, 4)
+    assert fitted.choices()["shrinkage"] == estimate
+    assert (fitted(heads).argmax(1) == labels).float().mean() > 0.8
+    with pytest.raises(ValueError, match="ledoit_wolf"):
+        method(shrinkage="magic", **given).fit(heads, labels, 4)
+
+
+def test_loudness_does_not_shape_the_metric():
+    heads, labels = make_set(5)
+    louder = heads * torch.linspace(0.1, 10, len(heads))[:, None, None]
+    for method in (lambda: Calm("whitened"), LearnedWeights):
+        assert_close(
+            method().fit(louder, labels, 4)(heads), method().fit(heads, labels, 4)(heads), atol=1e-3, rtol=0.01
+        )
+
+
+def test_a_head_that_says_the_same_of_every_clip_has_no_metric():
+    heads, labels = make_set(5)
+    heads = torch.cat([heads, torch.randn(1, 1, heads.shape[2]).expand(len(heads), -1, -1)], 1)
+    metric = HeadMetric.estimate(heads, labels, 4)
+    transform_DD = metric.transform(0.1)[-1]
+    assert_close(transform_DD, transform_DD[0, 0] * torch.eye(heads.shape[2]))
+    assert LearnedWeights().fit(heads, labels, 4)(heads).isfinite().all()
 
 
 def test_learning_is_the_same_at_a_second_run_and_knows_only_its_support_set():

@@ -15,6 +15,8 @@ from calm_pl.functional.heads import chunks, class_means, default_chunk_size
 
 # Smallest eigenvalue relative to the largest: only a singular covariance with g = 0 ever meets it.
 MIN_EIGENVALUE = 1e-6
+ROUNDING = 1e-6  # a deviation this small beside a head's largest number is rounding
+ESTIMATES = ("ledoit_wolf", "oas")
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,14 @@ class HeadMetric:
     """Eigenvectors and eigenvalues of every head's variation inside the classes: any g then costs a scaling.
 
     Attributes:
-        mean_KD: mean of the prototypes.
+        mean_KD: the centre, `centre` times the mean of the prototypes.
         vectors_KDD: eigenvectors of the covariance S in columns.
         values_KD: eigenvalues, divided by scale_K.
         scale_K: tr S / D, with D the dimensions that are not padding; 1 for a head that does not vary.
         fourth_K: mean over clips of the squared residuals' sum, squared, divided by scale_K squared.
         dimension_K: dimensions that are not padding (those that are not zero in every clip).
         freedom: N - C, counting classes that have clips.
+        centre: how far from the origin toward the mean of the prototypes the centre lies.
     """
 
     mean_KD: Tensor
@@ -38,9 +41,10 @@ class HeadMetric:
     fourth_K: Tensor
     dimension_K: Tensor
     freedom: int
+    centre: float = 1.0
 
     @classmethod
-    def estimate(cls, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> HeadMetric:
+    def estimate(cls, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, centre: float = 1.0) -> HeadMetric:
         """From labelled clips, one pass in chunks and one batched eigendecomposition."""
         prototypes_CKD = class_means(heads_NKD, labels_N, num_classes)
         present_C = torch.bincount(labels_N, minlength=num_classes) > 0
@@ -57,25 +61,39 @@ class HeadMetric:
         covariance_KDD = scatter_KDD / max(1, freedom)
         dimension_K = used_KD.sum(1).clamp_min(1)
         scale_K = covariance_KDD.diagonal(dim1=1, dim2=2).sum(1) / dimension_K
-        scale_K = torch.where(scale_K > 0, scale_K, 1.0)
-        values_KD, vectors_KDD = torch.linalg.eigh(covariance_KDD / scale_K[:, None, None])
-        mean_KD = prototypes_CKD[present_C].mean(0)
+        mean_KD = centre * prototypes_CKD[present_C].mean(0)
+        # A head that says the same of every clip varies by the rounding of its means alone.
+        rounding_K = (ROUNDING * prototypes_CKD.abs().amax((0, 2))).square()
+        varies_K = scale_K > rounding_K
+        scale_K = torch.where(varies_K, scale_K, 1.0)
+        covariance_KDD = torch.where(varies_K[:, None, None], covariance_KDD / scale_K[:, None, None], 0.0)
+        # In float32 the decomposition fails to converge on some covariances of few clips.
+        values_KD, vectors_KDD = (part.float() for part in torch.linalg.eigh(covariance_KDD.double()))
         fourth_K = fourth_K / scale_K.square() / max(1, len(heads_NKD))
-        return cls(mean_KD, vectors_KDD, values_KD.clamp_min(0), scale_K, fourth_K, dimension_K, freedom)
+        return cls(mean_KD, vectors_KDD, values_KD.clamp_min(0), scale_K, fourth_K, dimension_K, freedom, centre)
 
-    def inverse_roots(self, shrinkage: float | Tensor) -> Tensor:
-        """Eigenvalues of A^(-1/2), A = (1 - g) S + g (tr S / D) I: (K, D)."""
+    def shrinkage_of_heads(self, shrinkage: float | str | Tensor) -> Tensor:
+        """g of every head (K,), from one number, one a head, or the name of a formula, `ledoit_wolf` or `oas`."""
+        if isinstance(shrinkage, str):
+            if shrinkage not in ESTIMATES:
+                raise ValueError(f"shrinkage must be a number from 0 to 1 or one of {ESTIMATES}; got {shrinkage!r}")
+            estimated_K: Tensor = getattr(self, shrinkage)()
+            return estimated_K
         shrinkage_K = torch.as_tensor(shrinkage, dtype=torch.float32, device=self.mean_KD.device)
         if not bool(((shrinkage_K >= 0) & (shrinkage_K <= 1)).all()):
             raise ValueError(f"shrinkage must be between 0 and 1; got {shrinkage}")
-        shrinkage_K1 = shrinkage_K.expand(len(self.mean_KD))[:, None]
+        return shrinkage_K.expand(len(self.mean_KD))
+
+    def inverse_roots(self, shrinkage: float | str | Tensor) -> Tensor:
+        """Eigenvalues of A^(-1/2), A = (1 - g) S + g (tr S / D) I: (K, D)."""
+        shrinkage_K1 = self.shrinkage_of_heads(shrinkage)[:, None]
         values_KD = (1 - shrinkage_K1) * self.values_KD + shrinkage_K1
         largest_K1 = values_KD.amax(1, keepdim=True)
         # A head without variation inside its classes has no metric but the identity, whatever g.
         values_KD = torch.where(largest_K1 > 0, values_KD.clamp_min(largest_K1 * MIN_EIGENVALUE), 1.0)
         return (values_KD * self.scale_K[:, None]).rsqrt()
 
-    def transform(self, shrinkage: float | Tensor) -> Tensor:
+    def transform(self, shrinkage: float | str | Tensor) -> Tensor:
         """A^(-1/2), symmetric: (K, D, D)."""
         return (self.vectors_KDD * self.inverse_roots(shrinkage)[:, None]) @ self.vectors_KDD.mT
 

@@ -15,16 +15,18 @@ from typing_extensions import Self
 from calm_pl import functional as F
 from calm_pl.functional.heads import chunks, class_means, default_chunk_size
 from calm_pl.functional.metric import HeadMetric
-from calm_pl.methods.base import HeadClassifier, check_support
+from calm_pl.methods.base import check_support
 from calm_pl.methods.calibration import calibrate, temper
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.metric_space import CENTRE, MetricSpace, directions
 from calm_pl.methods.selection import Formula, Grid, best_of, judge_all
 
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT = Formula()
+DEFAULT_WHITENED = Formula(tau=0.15, shrinkage=1.0)
 
 
-class Calm(HeadClassifier):
+class Calm(MetricSpace):
     """CALM (Mehta et al., arXiv 2602.07077) with leave-one-out prototypes and choices made on the support set
     alone.
 
@@ -32,20 +34,17 @@ class Calm(HeadClassifier):
 
     Args:
         metric: "raw" for cosines of head outputs as published; "whitened" for cosines in the within-head
-        metric, by
-            far the better from about 5 clips a class on.
+            metric, by far the better from 2 clips a class on.
         tau: temperature of the head posteriors.
         scheme: how a reliability is computed, one of `calm_pl.functional.SCHEMES`.
         tau_w: temperature of the weights; small ones trust few heads.
         top_k: heads a class may use; 0 for all.
         alpha: shrinkage of reliabilities toward their mean, in clips; helps where classes have few.
-        shrinkage: g of the within-head metric.
+        shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas".
+        centre: of the within-head metric, as a share of the mean of the prototypes.
     """
 
-    prototypes_CKD: Tensor
     weights_KC: Tensor
-    mean_KD: Tensor
-    transform_KDD: Tensor
 
     def __init__(
         self,
@@ -55,12 +54,13 @@ class Calm(HeadClassifier):
         tau_w: float | None = None,
         top_k: int | None = None,
         alpha: float | None = None,
-        shrinkage: float | None = None,
+        shrinkage: float | str | None = None,
+        centre: float = CENTRE,
     ) -> None:
         super().__init__()
         if metric not in ("raw", "whitened"):
             raise ValueError(f"metric must be raw or whitened; got {metric!r}")
-        self.metric = metric
+        self.metric, self.centre = metric, centre
         given = {"tau": tau, "scheme": scheme, "tau_w": tau_w, "alpha": alpha, "shrinkage": shrinkage}
         self.given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if top_k is not None:
@@ -68,15 +68,16 @@ class Calm(HeadClassifier):
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         check_support(heads_NKD, labels_N, num_classes)
-        metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes) if self.metric == "whitened" else None
+        metric = None
+        if self.metric == "whitened":
+            heads_NKD = directions(heads_NKD)
+            metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes, self.centre)
         formula, choices = self._choose(heads_NKD, labels_N, num_classes, metric)
         weights_KC = formula_weights(heads_NKD, labels_N, num_classes, formula, metric)
-        prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
-        buffers = {}
+        buffers = {"prototypes_CKD": F.class_prototypes(heads_NKD, labels_N, num_classes)}
         if metric is not None and formula.shrinkage is not None:
-            buffers = {"mean_KD": metric.mean_KD, "transform_KDD": metric.transform(formula.shrinkage)}
-            prototypes_CKD = F.whiten(prototypes_CKD, **buffers)
-        self.keep(choices, prototypes_CKD=prototypes_CKD, weights_KC=weights_KC, **buffers)
+            buffers = self.in_metric(metric, formula.shrinkage, **buffers)
+        self.keep(choices, weights_KC=weights_KC, **buffers)
         return self
 
     def _choose(
@@ -88,8 +89,7 @@ class Calm(HeadClassifier):
             fixed["top_fraction"] = (1.0 if not self.given["top_k"] else self.given["top_k"] / heads_NKD.shape[1],)
         judged = judge_all(heads_NKD, labels_N, num_classes, replace(grid, **fixed), metric)
         if not judged:
-            formula = replace(DEFAULT, shrinkage=1.0 if metric is not None else None)
-            formula = replace(formula, **self.given)
+            formula = replace(DEFAULT if metric is None else DEFAULT_WHITENED, **self.given)
             return formula, {**asdict(formula), "chosen": False, "calibration": {"temperature": 1.0}}
         best = best_of(judged)
         _, calibration = calibrate(best.scores_NC, best.labels_N)
@@ -98,13 +98,8 @@ class Calm(HeadClassifier):
     def forward(self, queries_NKD: Tensor) -> Tensor:
         """Scores s[n,c] = sum over k of w[k,c] p[n,k,c], as calibrated probabilities."""
         choices = self.choices()
-        scores = []
-        for chunk in chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:])):
-            heads_NKD = queries_NKD[chunk]
-            if hasattr(self, "transform_KDD"):
-                heads_NKD = F.whiten(heads_NKD, self.mean_KD, self.transform_KDD)
-            scores.append(F.vote(heads_NKD, self.prototypes_CKD, self.weights_KC, choices["tau"]))
-        return temper(torch.cat(scores), choices["calibration"]["temperature"])
+        scores_NC = self.vote(queries_NKD, self.weights_KC, choices["tau"])
+        return temper(scores_NC, choices["calibration"]["temperature"])
 
 
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0)

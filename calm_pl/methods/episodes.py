@@ -53,7 +53,7 @@ class EpisodeSource:
     def __init__(
         self,
         left_out: LeaveOneOut,
-        shrinkage: float | None,
+        shrinkage: float | str | None,
         shots: int | None = None,
         per_step: int = 4,
         head_dropout: float = 0.0,

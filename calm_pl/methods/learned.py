@@ -15,13 +15,12 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import Self
 
 from calm_pl import functional as F
-from calm_pl.functional.heads import chunks, default_chunk_size
 from calm_pl.functional.metric import HeadMetric
-from calm_pl.methods.base import HeadClassifier, check_support
+from calm_pl.methods.base import check_support
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
-from calm_pl.methods.calm import DEFAULT, formula_weights
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.metric_space import CENTRE, MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
@@ -29,20 +28,22 @@ from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TAUS = (0.07, 0.15, 0.3)
 POWERS = (1.0, 0.5, 0.25)
+# Where no class has two clips nothing can be left out, hence nothing chosen: g = 1 is centred cosine.
+DEFAULT = {"shrinkage": 1.0, "tau": 0.15, "tau_w": 1.0}
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
 PARAMETERS = ("moves_KC", "head_moves_KR", "class_moves_RC", "log_tau", "bias_C")
 
 
-class LearnedWeights(HeadClassifier):
+class LearnedWeights(MetricSpace):
     """CALM with learned weights: w = entmax over heads of logits[k,c], in the metric that the support set
     chooses.
 
     The score is CALM's, s[n,c] = sum over k of w[k,c] p[n,k,c]. The logits start at leave-one-out formula
     weights that all classes share; how far they may move from there, and from one another, is itself
-    cross-validated, and where moving does not help beyond one standard error the formula stays. Where no
-    class has two clips nothing can be left out, and the classifier is `Calm`'s default.
+    cross-validated, and where moving does not help beyond all doubt the start stays. Where no
+    class has two clips nothing can be left out, and the start has default settings.
 
     `start` chooses and creates the parameters, `training_loss` is one step's loss, `finish` calibrates; `fit`
     does all three with a plain loop. Parameters: `moves_KC` (logits relative to the start, in units of about
@@ -58,21 +59,20 @@ class LearnedWeights(HeadClassifier):
         to_start: penalty toward the formula's weights, in clips; None is cross-validated.
         to_shared: penalty toward weights shared by all classes, in clips; None is cross-validated.
         steps: optimiser steps; None is cross-validated.
+        standard_errors: how clearly learning must do better in cross-validation, else the start stays.
         lr: Adam's step size.
         head_dropout: share of heads left out at every step, against reliance on single heads.
         label_smoothing: of the cross-entropy, for support labels that may be wrong.
         averaging: decay of a running average of the parameters that replaces them at the end; 0 for none.
-        shrinkage: g of the within-head metric; None is chosen.
+        shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
+        centre: of the within-head metric, as a share of the mean of the prototypes.
         tau: temperature of the head posteriors; None is chosen.
         shots: prototypes from this many random clips in an episode; None for leave-one-out episodes.
         episodes: random episodes a step (with `shots`).
         seed: of the episodes.
     """
 
-    prototypes_CKD: Tensor
     start_logits_KC: Tensor
-    mean_KD: Tensor
-    transform_KDD: Tensor
     averages: dict[str, Tensor]
 
     def __init__(
@@ -84,11 +84,13 @@ class LearnedWeights(HeadClassifier):
         to_start: float | None = None,
         to_shared: float | None = None,
         steps: int | None = None,
+        standard_errors: float = 3.0,
         lr: float = 0.1,
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         averaging: float = 0.0,
-        shrinkage: float | None = None,
+        shrinkage: float | str | None = None,
+        centre: float = CENTRE,
         tau: float | None = None,
         shots: int | None = None,
         episodes: int = 4,
@@ -101,8 +103,9 @@ class LearnedWeights(HeadClassifier):
             raise ValueError(f"temperature must be fixed, global or per_head; got {temperature!r}")
         self.alpha, self.temperature, self.class_bias, self.rank = alpha, temperature, class_bias, rank
         self.to_start, self.to_shared, self.steps, self.lr = to_start, to_shared, steps, lr
+        self.standard_errors = standard_errors
         self.head_dropout, self.label_smoothing, self.averaging = head_dropout, label_smoothing, averaging
-        self.shrinkage, self.tau = shrinkage, tau
+        self.shrinkage, self.centre, self.tau = shrinkage, centre, tau
         self.shots, self.episodes, self.seed = shots, episodes, seed
         self.trust = Trust()
         self.averages = {}
@@ -129,27 +132,37 @@ class LearnedWeights(HeadClassifier):
     def start(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
+        heads_NKD = directions(heads_NKD)
+        metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes, self.centre)
+        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
+        choices = self._choose_start(left_out, clips) if len(clips) else self._default_start()
+        shrinkage, tau, power = choices["shrinkage"], choices["tau"], choices["tau_w"]
+        voters = clips if len(clips) else torch.arange(len(labels_N), device=labels_N.device)
+        posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, voters) / tau, -1)
+        weights_KC = shared_weights(posteriors_NKC, labels_N[voters], power)
+        choices |= self._choose_trust(posteriors_NKC, labels_N[clips], power) if len(clips) else self._no_trust()
+        self.source = None
         if len(clips):
-            self._start_from_left_out(heads_NKD, labels_N, num_classes, clips)
-        else:
-            self.trust, self.source = Trust(), None
-            weights_KC = formula_weights(heads_NKD, labels_N, num_classes, DEFAULT, None)
-            choices = {"tau": DEFAULT.tau, "shrinkage": None, "alpha": 1.0, **asdict(self.trust)}
-            self.keep(
-                {**choices, "calibration": {"temperature": 1.0}},
-                prototypes_CKD=F.class_prototypes(heads_NKD, labels_N, num_classes),
-                start_logits_KC=entmax_logits(weights_KC, 1.0),
-            )
+            self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
+        self.keep(
+            {"alpha": self.alpha, **choices},
+            start_logits_KC=entmax_logits(weights_KC, self.alpha),
+            **self.in_metric(metric, shrinkage, F.class_prototypes(heads_NKD, labels_N, num_classes)),
+        )
         self._make_parameters(self.start_logits_KC)
         return self
 
-    def _start_from_left_out(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, clips: Tensor) -> None:
-        metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes)
-        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
-        best = self._choose_start(left_out, clips)
-        shrinkage, tau, power = best["shrinkage"], best["tau"], best["tau_w"]
-        posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau, -1)
+    def _default_start(self) -> dict[str, Any]:
+        given = {"shrinkage": self.shrinkage, "tau": self.tau}
+        return {**DEFAULT, **{name: value for name, value in given.items() if value is not None}}
+
+    def _no_trust(self) -> dict[str, Any]:
+        self.trust = Trust()
+        return {**asdict(self.trust), "calibration": {"temperature": 1.0}}
+
+    def _choose_trust(self, posteriors_NKC: Tensor, labels_N: Tensor, power: float) -> dict[str, Any]:
+        """How far to move from the start, cross-validated for all settings at once."""
         settings = [
             (
                 self.to_start if self.to_start is not None else a,
@@ -160,36 +173,26 @@ class LearnedWeights(HeadClassifier):
         steps = STEPS if self.steps is None else (self.steps,)
         tried = cross_validate(
             posteriors_NKC,
-            labels_N[clips],
+            labels_N,
             lambda posteriors, labels: shared_weights(posteriors, labels, power),
             list(dict.fromkeys(settings)),
             [count for count in steps if count],
             self.alpha,
             self.lr,
         )
-        chosen = choose(tried if self.steps is None else [t for t in tried if t.trust.steps == self.steps])
+        chosen = choose(
+            tried if self.steps is None else [t for t in tried if t.trust.steps == self.steps], self.standard_errors
+        )
         self.trust = chosen.trust
         _, calibration = calibrate(chosen.scores_NC, chosen.labels_N)
-        transform_KDD = metric.transform(shrinkage)
-        prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
-        weights_KC = shared_weights(posteriors_NKC, labels_N[clips], power)
-        self.keep(
-            {
-                **best,
-                "alpha": self.alpha,
-                **chosen.as_dict(),
-                "tried": len(tried),
-                "calibration": calibration,
-            },
-            mean_KD=metric.mean_KD,
-            transform_KDD=transform_KDD,
-            prototypes_CKD=F.whiten(prototypes_CKD, metric.mean_KD, transform_KDD),
-            start_logits_KC=entmax_logits(weights_KC, self.alpha),
-        )
-        self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
+        return {**chosen.as_dict(), "tried": len(tried), "calibration": calibration}
 
     def _choose_start(self, left_out: LeaveOneOut, clips: Tensor) -> dict[str, Any]:
-        """g, tau and the sharpness of the shared weights by calibrated leave-one-out likelihood."""
+        """g, tau and the sharpness of the shared weights: their mean over all tried, weighted by likelihood.
+
+        The likelihood is that of the clips left out, after calibration; the mean is geometric. With few clips many
+        settings are nearly as likely as the best, which is the best by chance: their mean is the steadier choice.
+        """
         labels_N, found = left_out.labels_N[clips], []
         for shrinkage in SHRINKAGES if self.shrinkage is None else (self.shrinkage,):
             cosines_NKC = left_out.cosines(shrinkage, clips)
@@ -199,9 +202,20 @@ class LearnedWeights(HeadClassifier):
                     weights_KC = shared_weights(posteriors_NKC, labels_N, power)
                     scores_NC = torch.einsum("nkc,kc->nc", posteriors_NKC, weights_KC)
                     _, nll = best_temperature(scores_NC, labels_N)
-                    choice = {"shrinkage": shrinkage, "tau": tau, "tau_w": power}
-                    found.append({**choice, "loo_nll": nll})
-        return min(found, key=lambda one: one["loo_nll"])
+                    found.append(({"shrinkage": shrinkage, "tau": tau, "tau_w": power}, nll))
+        likelihoods = torch.softmax(-len(labels_N) * torch.tensor([nll for _, nll in found]), 0)
+        settings = [
+            [s["tau"], s["tau_w"], 1.0 if isinstance(self.shrinkage, str) else s["shrinkage"]] for s, _ in found
+        ]
+        tau, power, mean_shrinkage = (likelihoods @ torch.tensor(settings).log()).exp().tolist()
+        shrinkage = mean_shrinkage if self.shrinkage is None else self.shrinkage
+        best, nll = min(found, key=lambda one: one[1])
+        return {
+            "shrinkage": shrinkage,
+            "tau": tau if self.tau is None else self.tau,
+            "tau_w": power,
+            "likeliest": {**best, "loo_nll": nll},
+        }
 
     def _make_parameters(self, start_KC: Tensor) -> None:
         (num_heads, num_classes), device = start_KC.shape, start_KC.device
@@ -299,14 +313,8 @@ class LearnedWeights(HeadClassifier):
     @torch.no_grad()
     def forward(self, queries_NKD: Tensor) -> Tensor:
         """Calibrated class probabilities (N, C)."""
-        weights_KC, tau = self.weights(), self._tau()
-        scores = []
-        for chunk in chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:])):
-            heads_NKD = queries_NKD[chunk]
-            if hasattr(self, "transform_KDD"):
-                heads_NKD = F.whiten(heads_NKD, self.mean_KD, self.transform_KDD)
-            scores.append(F.vote(heads_NKD, self.prototypes_CKD, weights_KC, tau))
-        logs_NC = self._log_scores(torch.cat(scores))
+        scores_NC = self.vote(queries_NKD, self.weights(), self._tau())
+        logs_NC = self._log_scores(scores_NC)
         return temper(logs_NC.exp(), self.choices()["calibration"]["temperature"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -1,7 +1,7 @@
 """Leaving every support clip out of its own prototype, and of the within-head metric, in closed form.
 
 With z the clip minus its prototype in whitened space, n the clips of its class and C the classes, leaving it
-out moves its prototype by -z / (n - 1), the common centre by -z / (n - 1) / C, and takes z z' from the
+out moves its prototype by -z / (n - 1), the mean of the prototypes by -z / (n - 1) / C, and takes z z' from the
 metric. All of it is rank-one, so that every cosine without the clip follows from inner products with it. Only
 tr S and the divisor N - C stay those of the full set (the tests compare with doing it by hand).
 
@@ -44,22 +44,22 @@ class LeaveOneOut:
             return heads_KND
         return (heads_KND - self.metric.mean_KD[:, None]) @ self.metric.vectors_KDD
 
-    def whitened(self, shrinkage: float | Tensor | None = None, clips: Tensor | None = None) -> Tensor:
+    def whitened(self, shrinkage: float | str | Tensor | None = None, clips: Tensor | None = None) -> Tensor:
         """Support clips (all by default) in the metric of this g, in its eigenbasis: (K, N, D)."""
         heads_KND = self._rotate(self.heads_NKD if clips is None else self.heads_NKD[clips])
         return heads_KND if self.metric is None else heads_KND * self._roots(shrinkage)
 
-    def whitened_prototypes(self, shrinkage: float | Tensor | None = None) -> Tensor:
+    def whitened_prototypes(self, shrinkage: float | str | Tensor | None = None) -> Tensor:
         """Prototypes of all clips in the same space: (K, C, D)."""
         return self.prototypes_KCD if self.metric is None else self.prototypes_KCD * self._roots(shrinkage)
 
-    def _roots(self, shrinkage: float | Tensor | None) -> Tensor:
+    def _roots(self, shrinkage: float | str | Tensor | None) -> Tensor:
         assert self.metric is not None
         if shrinkage is None:
             raise ValueError("shrinkage is None: a within-head metric needs its g")
         return self.metric.inverse_roots(shrinkage)[:, None]
 
-    def metric_gain(self, residual_KND: Tensor, counts_N: Tensor, shrinkage: float | Tensor | None) -> Tensor:
+    def metric_gain(self, residual_KND: Tensor, counts_N: Tensor, shrinkage: float | str | Tensor | None) -> Tensor:
         """What taking a clip's residual z out of the metric adds to inner products, per product with z: (K,
         N, 1).
 
@@ -67,14 +67,14 @@ class LeaveOneOut:
         """
         if self.metric is None or shrinkage is None:
             return torch.zeros_like(residual_KND[..., :1])
-        kept_K11 = torch.as_tensor(shrinkage, device=residual_KND.device).reshape(-1, 1, 1)
+        kept_K11 = self.metric.shrinkage_of_heads(shrinkage)[:, None, None]
         counts_N1 = counts_N[:, None]
         share = (1 - kept_K11) / max(1, self.metric.freedom) * counts_N1 / (counts_N1 - 1).clamp_min(1)
         return share / (1 - share * residual_KND.square().sum(2, keepdim=True)).clamp_min(1e-3)
 
     def cosines(
         self,
-        shrinkage: float | Tensor | None = None,
+        shrinkage: float | str | Tensor | None = None,
         clips: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -99,7 +99,7 @@ class LeaveOneOut:
         prototypes_KCD: Tensor,
         labels_N: Tensor,
         counts_N: Tensor,
-        shrinkage: float | Tensor | None,
+        shrinkage: float | str | Tensor | None,
     ) -> Tensor:
         alone_N1 = (counts_N == 1)[:, None]
         residual_KND = (chosen_KND - prototypes_KCD[:, labels_N]).masked_fill(alone_N1, 0)
@@ -112,7 +112,7 @@ class LeaveOneOut:
         z_z_KN1 = residual_KND.square().sum(2, keepdim=True)
 
         moved_N1 = 1 / (counts_N - 1).clamp_min(1)[:, None]
-        centre_N1 = moved_N1 / self.num_classes if self.metric is not None else torch.zeros_like(moved_N1)
+        centre_N1 = moved_N1 * (self.metric.centre if self.metric is not None else 0) / self.num_classes
         shift_NC = centre_N1 - moved_N1 * one_hot(labels_N, self.num_classes)
         inner_KNC = inner_KNC + shift_NC * query_z_KN1 + centre_N1 * (proto_z_KNC + shift_NC * z_z_KN1)
         query_KN1 = squares_KN1 + centre_N1 * (2 * query_z_KN1 + centre_N1 * z_z_KN1)

@@ -34,7 +34,7 @@ class Formula:
         tau_w: temperature of the weights.
         top_k: heads a class may use; None for all.
         alpha: shrinkage of reliabilities toward their mean, in clips.
-        shrinkage: g of the within-head metric; None for raw cosines.
+        shrinkage: g of the within-head metric, or the name of a formula for it; None for raw cosines.
     """
 
     tau: float = 0.07
@@ -42,7 +42,7 @@ class Formula:
     tau_w: float = 1.0
     top_k: int | None = None
     alpha: float = 0.0
-    shrinkage: float | None = None
+    shrinkage: float | str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Grid:
     tau_w: Sequence[float] = (0.3, 1.0)
     top_fraction: Sequence[float] = (1.0, 0.25)
     alpha: Sequence[float] = (0.0, 5.0)
-    shrinkage: Sequence[float | None] = (None,)
+    shrinkage: Sequence[float | str | None] = (None,)
 
 
 @dataclass(frozen=True)

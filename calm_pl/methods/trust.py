@@ -55,17 +55,17 @@ class Tried:
         return {**asdict(self.trust), "cv_nll": self.nll, "cv_accuracy": self.accuracy}
 
 
-def choose(tried: Sequence[Tried]) -> Tried:
-    """The first setting, from the least moved on, that is no worse than the best by one standard error
-    (Breiman).
+def choose(tried: Sequence[Tried], standard_errors: float) -> Tried:
+    """The first setting, from the least moved on, that is no worse than the best by so many standard errors.
 
-    Few clips make every likelihood uncertain, and learning that only seems to help mostly harms.
+    Breiman's rule takes one. Few clips make every likelihood uncertain, the best of some twenty settings is the best
+    partly by chance, and learning that only seems to help mostly harms.
     """
     best = min(tried, key=lambda t: t.nll)
 
     def close(one: Tried) -> bool:
         worse_N = one.nll_N - best.nll_N
-        return bool(worse_N.mean() <= worse_N.std() / len(worse_N) ** 0.5)
+        return bool(worse_N.mean() <= standard_errors * worse_N.std() / len(worse_N) ** 0.5)
 
     return next(one for one in tried if one is best or close(one))
 
