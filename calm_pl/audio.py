@@ -6,13 +6,21 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import soundfile
 import torch
 from torch import Tensor
 from torchaudio.transforms import Resample
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
+if TYPE_CHECKING:
+    from calm_pl.container import SoundTrack
+
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+EXTENSIONS = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf"),
+    *(".m4a", ".aac", ".wma", *VIDEO_EXTENSIONS),  # by PyAV; of a video, its sound track
+)
 MIN_SECONDS = 0.01
 
 # An MP3 header counts whole frames; decoders differ by the padding of the first and the last one.
@@ -40,7 +48,9 @@ def load_audio(
     end: float | None = None,
     max_seconds: float | None = None,
 ) -> Tensor:
-    """Decode a file (WAV, FLAC, Ogg, MP3: whatever libsndfile reads) to mono at one rate.
+    """Decode a file to mono at one rate.
+
+    WAV, FLAC, Ogg, MP3 and the like are read by libsndfile, m4a, aac, webm and the sound tracks of videos by PyAV.
 
     Args:
         path: the file.
@@ -61,18 +71,9 @@ def load_audio(
         first, last = _segment(file, path, start, end)
         if max_seconds is not None:
             last = min(last, first + round(max_seconds * file.samplerate))
-        try:
-            file.seek(first)
-            samples = file.read(last - first, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(path, f"truncated or damaged ({error.error_string}); fetch it again") from None
-        slack = _MP3_SLACK if file.format == "MP3" else 0
-        if len(samples) < last - first - slack:
-            missing = (last - first - len(samples)) / file.samplerate
-            raise AudioError(path, f"truncated: its last {missing:.2f} s are missing; fetch it again")
+        wave = _read(file, path, first, last) if isinstance(file, soundfile.SoundFile) else file.read(first, last)
         rate = file.samplerate
 
-    wave = torch.from_numpy(samples).mean(dim=1)
     if len(wave) < MIN_SECONDS * rate:
         raise AudioError(path, _too_short(len(wave) / rate))
     if not torch.isfinite(wave).all():
@@ -102,28 +103,50 @@ def audio_rate(path: str | os.PathLike[str]) -> int:
         return int(file.samplerate)
 
 
-def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile:
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """A file that is there and not empty.
+
+    Raises:
+        AudioError: it is missing, a folder, or empty.
+    """
     file = Path(path)
     if not file.exists():
         raise AudioError(path, "no such file; a manifest's paths start from the manifest's folder")
     if not file.is_file():
-        raise AudioError(path, "is a folder, not an audio file; name the file in it")
+        raise AudioError(path, "is a folder; name the file in it")
     if file.stat().st_size == 0:
         raise AudioError(path, "the file is empty (0 bytes); fetch or export it again")
+    return file
+
+
+def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile | SoundTrack:
+    file = check_file(path)
     try:
         opened = soundfile.SoundFile(str(file))
     except soundfile.LibsndfileError as error:
         if "malformed" in error.error_string:
             raise AudioError(path, f"truncated or damaged ({error.error_string}); fetch it again") from None
-        raise AudioError(
-            path,
-            f"not audio that libsndfile reads ({error.error_string}); wav, flac, ogg and mp3 are, "
-            f"others can be converted: ffmpeg -i {file.name} {file.stem}.flac",
-        ) from None
+        from calm_pl.container import SoundTrack
+
+        return SoundTrack(path)
     if _is_cut_off(opened, file):
         opened.close()
         raise AudioError(path, "truncated: the file ends before its header says; fetch it again")
     return opened
+
+
+def _read(file: soundfile.SoundFile, path: str | os.PathLike[str], first: int, last: int) -> Tensor:
+    """Samples `first` to `last`, mono (T,)."""
+    try:
+        file.seek(first)
+        samples = file.read(last - first, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(path, f"truncated or damaged ({error.error_string}); fetch it again") from None
+    slack = _MP3_SLACK if file.format == "MP3" else 0
+    if len(samples) < last - first - slack:
+        missing = (last - first - len(samples)) / file.samplerate
+        raise AudioError(path, f"truncated: its last {missing:.2f} s are missing; fetch it again")
+    return torch.from_numpy(samples).mean(dim=1)
 
 
 def _is_cut_off(opened: soundfile.SoundFile, file: Path) -> bool:
@@ -146,7 +169,7 @@ def _ogg_ends(file: Path) -> bool:
 
 
 def _segment(
-    opened: soundfile.SoundFile, path: str | os.PathLike[str], start: float | None, end: float | None
+    opened: soundfile.SoundFile | SoundTrack, path: str | os.PathLike[str], start: float | None, end: float | None
 ) -> tuple[int, int]:
     """First frame and the one after the last."""
     rate, seconds = opened.samplerate, opened.frames / opened.samplerate

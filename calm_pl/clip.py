@@ -16,7 +16,7 @@ class Clip:
     """One clip to hear: a file, or the part of it from `start` to `end`.
 
     Attributes:
-        audio: absolute path of the file.
+        audio: absolute path of the file; of a video, its sound track is heard.
         label: its class; a tuple where it has several (multi-label); None where it is not known.
         split: "train" (support clips are drawn from it), "val", "test", or None.
         group: clips of one source (recording, speaker, take) share it; never on both sides of a split.
@@ -24,7 +24,7 @@ class Clip:
         end: last second.
         question: what the prompt asks about this clip, instead of the backbone's own question.
         options: the answers that the question lists.
-        video: absolute path of the video file that it was cut from.
+        video: absolute path of the file whose pictures are shown with it; without one, `audio`'s own are.
     """
 
     audio: str

@@ -101,7 +101,7 @@ def mean_log_mel(lalm: FrozenLALM, clips: list[Clip]) -> Tensor:
     """Mean and deviation of each log-mel band over the clip, as two "heads" (N, 2, 80)."""
     rows = []
     for clip in clips:
-        wave = lalm.processor.load(clip).numpy()
+        wave = lalm.processor.load(clip).waveform_S.numpy()
         mel = lalm.processor.processor.feature_extractor(
             wave, sampling_rate=16000, padding="max_length", return_attention_mask=True
         )

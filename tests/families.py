@@ -49,6 +49,7 @@ class Family:
         layers_at: path of the decoder's layers in the model that is loaded.
         asks: a piece of the rendered prompt that only the family's own template writes.
         needs: packages that its processor or model cannot do without.
+        sees: whether it takes pictures too.
     """
 
     write: Callable[[Path], None]
@@ -57,6 +58,7 @@ class Family:
     layers_at: str = "model.language_model.layers"
     asks: str = "<|im_start|>assistant\n"
     needs: tuple[str, ...] = ()
+    sees: bool = False
 
 
 def mel(chunk_length: int = 2) -> tf.WhisperFeatureExtractor:
@@ -248,17 +250,21 @@ def phi4(folder: Path) -> None:
                       "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 8,
                       "audio_token_id": tokenizer.audio_token_id},
         vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "crop_size": 28, "image_size": 28, "image_token_id": tokenizer.image_token_id},
+                       "crop_size": 448, "image_size": 448, "image_token_id": tokenizer.image_token_id},
     )  # fmt: skip
     processor = tf.Phi4MultimodalProcessor(
         tf.Phi4MultimodalImageProcessor(), tf.Phi4MultimodalFeatureExtractor(), tokenizer
     )
-    save(folder, tf.Phi4MultimodalForCausalLM, config, processor, CHATML.replace("AUDIO", "<|audio|>"))
+    save(folder, tf.Phi4MultimodalForCausalLM, config, processor, PHI_TEMPLATE)
 
 
+PHI_TEMPLATE = CHATML.replace("AUDIO", "<|audio|>").replace(
+    "{% elif", "{% elif c['type'] == 'image' %}<|image|>{% elif"
+)
 GEMMA_TEMPLATE = (
     "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'audio' %}<audio_soft_token>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% if c['type'] == 'audio' %}<audio_soft_token>{% elif c['type'] == 'image' %}<image_soft_token>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
@@ -302,7 +308,7 @@ def gemma3n(folder: Path) -> None:
                                      "full_attention"]},
         audio_config={"vocab_size": 128, "vocab_offset": len(tokenizer) + 128, "hidden_size": 32,
                       "conf_num_attention_heads": 2, "conf_num_hidden_layers": 2, "sscp_conv_channel_size": [8, 4]},
-        vision_config={"vocab_size": 128, "vocab_offset": len(tokenizer), "hidden_size": 32,
+        vision_config={"vocab_size": 128, "vocab_offset": len(tokenizer), "hidden_size": 2048,
                        "model_args": {"channel_multiplier": 0.05}},
         audio_soft_tokens_per_image=50,
         **gemma_tokens(tokenizer),
@@ -364,14 +370,14 @@ def voxtral(folder: Path) -> None:
 
 FAMILIES = {
     "qwen2-audio": Family(qwen2_audio, (3, 4, 8)),
-    "qwen2.5-omni": Family(qwen25_omni, (3, 4, 8), needs=("torchvision",)),
-    "qwen3-omni-moe": Family(qwen3_omni, (3, 4, 16), needs=("torchvision",)),
+    "qwen2.5-omni": Family(qwen25_omni, (3, 4, 8), needs=("torchvision",), sees=True),
+    "qwen3-omni-moe": Family(qwen3_omni, (3, 4, 16), needs=("torchvision",), sees=True),
     "audio-flamingo-3": Family(flamingo("AudioFlamingo3"), (3, 4, 8)),
     "music-flamingo": Family(flamingo("MusicFlamingo"), (3, 4, 8)),
     "voxtral": Family(voxtral, (3, 4, 16), asks="[/INST]", needs=("mistral_common",)),
     "glm-asr": Family(glm_asr, (3, 4, 8)),
     "granite-speech": Family(granite_speech, (3, 4, 8), asks="<|start_of_role|>assistant<|end_of_role|>"),
-    "phi-4-multimodal": Family(phi4, (3, 4, 8), layers_at="model.layers", needs=("torchvision",)),
-    "gemma-3n": Family(gemma3n, (5, 2, 16), asks="<start_of_turn>model\n", needs=("torchvision", "timm")),
-    "gemma-4": Family(gemma4, (4, 2, 32), asks="<start_of_turn>model\n", needs=("torchvision",)),
+    "phi-4-multimodal": Family(phi4, (3, 4, 8), layers_at="model.layers", needs=("torchvision",), sees=True),
+    "gemma-3n": Family(gemma3n, (5, 2, 16), asks="<start_of_turn>model\n", needs=("torchvision", "timm"), sees=True),
+    "gemma-4": Family(gemma4, (4, 2, 32), asks="<start_of_turn>model\n", needs=("torchvision",), sees=True),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.structure import find_head_sites
 from calm_pl.clip import Clip
+from examples.audiovisual import FILM_RATE, write_film
 from tests.conftest import RATE
 from tests.families import FAMILIES, Family
 
@@ -141,6 +143,37 @@ def test_generation_is_the_same_in_a_batch(built, clips):
     together = generate_answers(built.lalm, built.lalm.processor(clips, waveforms), max_new_tokens=3)
     last = built.lalm.processor(clips[3:], waveforms[3:])
     assert len(together) == 4 and generate_answers(built.lalm, last, max_new_tokens=3) == together[3:]
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
+    """Two films that differ in their pictures alone, and a shorter and smaller one."""
+    folder, random = tmp_path_factory.mktemp("films"), np.random.default_rng(0)
+    films = []
+    for number, (seconds, side) in enumerate(((0.8, 64), (0.8, 64), (0.4, 56))):
+        frames_FHW3 = random.integers(0, 256, (round(seconds * FILM_RATE), side, side, 3), dtype=np.uint8)
+        wave_S = np.random.default_rng(0).normal(0, 0.2, round(seconds * RATE))
+        film = write_film(folder / f"{number}.mp4", frames_FHW3, wave_S)
+        films.append(Clip(str(film), question="Why? " * (1 + number // 2)))
+    return films
+
+
+@pytest.mark.parametrize("modality", ["video", "audiovisual"])
+def test_pictures_are_seen_where_the_family_sees(built, films, clips, modality):
+    if not built.family.sees:
+        with pytest.raises(BackboneError, match="takes no pictures: set modality to audio"):
+            FrozenLALM.from_pretrained(built.folder, modality=modality)
+        return
+    lalm = FrozenLALM.from_pretrained(built.folder, modality=modality)
+    heads_NKD = lalm.head_outputs(films, batch_size=1)
+    right = FrozenLALM.from_pretrained(built.folder, modality=modality, padding_side="right")
+    torch.testing.assert_close(right.head_outputs(films, batch_size=3), heads_NKD, **CLOSE)
+    assert (heads_NKD[0] - heads_NKD[1]).abs().max() > 0.01  # other pictures
+    (dubbed_KD,) = lalm.head_outputs([replace(films[0], audio=clips[3].audio, end=0.8, video=films[0].audio)])
+    assert ((dubbed_KD - heads_NKD[0]).abs().max() > 0.01) == (modality == "audiovisual")  # another sound
 
 
 # What cannot be served says so

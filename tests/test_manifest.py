@@ -100,9 +100,9 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
 
 
 def test_what_a_folder_leaves_out_is_said(tmp_path: Path) -> None:
-    for name in ("dog/1.wav", "dog/2.m4a", "loose.wav", "dog/notes.txt"):
+    for name in ("dog/1.wav", "dog/2.mid", "loose.wav", "dog/notes.txt"):
         write(tmp_path / name, "")
-    with pytest.warns(UserWarning, match=r"1 \.m4a, 1 \.txt, 1 \.wav"):
+    with pytest.warns(UserWarning, match=r"1 \.mid, 1 \.txt, 1 \.wav"):
         assert len(read_manifest(tmp_path)) == 1
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from calm_pl.backbone.checkpoints import adapter_folder, resolve_checkpoint
 from calm_pl.backbone.config import load_config, model_class_of
+from calm_pl.backbone.content import Modality
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.hooks import HeadCapture, capture_heads
 from calm_pl.backbone.placement import Quantization, load_adapter, placement
@@ -54,6 +55,8 @@ class FrozenLALM:
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.pooling = Pooling.parse(pooling)
+        if heads != "decoder" and not processor.content.hears:
+            raise BackboneError(f"heads={heads}: with modality video nothing is heard; read the decoder.")
         self.sites = find_head_sites(model, heads, layers)
         self.head_names = [name for site in self.sites for name in site.head_names]
         self.head_dim = max(site.head_dim for site in self.sites)
@@ -90,6 +93,8 @@ class FrozenLALM:
         device_map: str | None = None,
         quantization: Quantization | None = None,
         adapter: str | None = None,
+        modality: Modality = "audio",
+        frame_rate: float = 2.0,
     ) -> FrozenLALM:
         """Load an audio-language checkpoint by its config.
 
@@ -111,6 +116,8 @@ class FrozenLALM:
             device_map: ``auto`` spreads the layers over all GPUs (and needs accelerate); None uses ``device``.
             quantization: ``4bit`` or ``8bit`` weights, by bitsandbytes.
             adapter: a LoRA adapter (needs peft): a folder, a folder inside the checkpoint, or a hub id.
+            modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual`` (needs PyAV).
+            frame_rate: frames a second of a video.
 
         Raises:
             BackboneError: no checkpoint there, no audio input, no network and nothing cached, no readable heads.
@@ -121,7 +128,9 @@ class FrozenLALM:
             dtype = DTYPES[dtype]
         checkpoint = resolve_checkpoint(path_or_hub_id, revision)
         config = load_config(checkpoint, trust_remote_code)
-        processor = ClipProcessor(checkpoint, prompt, padding_side, trust_remote_code, cut_window, long_clips)
+        processor = ClipProcessor(
+            checkpoint, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
+        )
         model_class = model_class_of(config, path_or_hub_id)
         try:
             model = model_class.from_pretrained(

@@ -44,7 +44,7 @@ class Pooling:
         """Reduce (B, T, E) to (B, E).
 
         Raises:
-            BackboneError: the audio tokens of an encoder-decoder model, which has none.
+            BackboneError: the audio tokens of an encoder-decoder model, or of pictures alone, which have none.
         """
         if self.last == 1:
             rows_B = torch.arange(len(x_BTE), device=x_BTE.device)
@@ -55,7 +55,7 @@ class Pooling:
     def _tokens(self, inputs: LALMInputs) -> Tensor:
         if self.last is None:
             if inputs.audio_BT is None:
-                raise BackboneError("pooling=audio: this model's decoder has no audio tokens; choose last or last:N.")
+                raise BackboneError("pooling=audio: there are no audio tokens in the decoder; choose last or last:N.")
             return inputs.audio_BT
         tokens_BT = inputs.model_inputs.get("attention_mask")
         if tokens_BT is None:

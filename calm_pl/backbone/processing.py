@@ -6,6 +6,7 @@ Shapes: B clips, T tokens, S samples.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
-from calm_pl.audio import load_audio
 from calm_pl.backbone import mistral
+from calm_pl.backbone.content import Content, Media, Modality
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.window import can_be_cut, mixes_from, shorter_features
 from calm_pl.clip import DEFAULT_QUESTION, Clip, seconds_or_zero
@@ -35,6 +36,8 @@ UNHEARD_SECONDS = 0.1
 EXTRACTORS = ("feature_extractor", "audio_processor")
 # Which mel frames carry sound, by the names that processors give it.
 FRAME_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
+# Seconds, by which a model counts positions: never rounded to its precision.
+EXACT = ("video_second_per_grid",)
 
 
 @dataclass
@@ -45,7 +48,7 @@ class LALMInputs:
         model_inputs: the model's own arguments; empty where the batch is in ``parts``.
         last_token_B: index of each clip's last prompt token.
         frames_B: mel frames of each clip that carry sound, of ``max_frames``.
-        audio_token_id: the token that stands for sound; None in an encoder-decoder model.
+        audio_token_id: the token that stands for sound; None in an encoder-decoder model and where nothing is heard.
         parts: batches to be run one after another instead of this one. Row i of them is, or is a piece of, this
             batch's clip ``order[i]``.
     """
@@ -60,19 +63,23 @@ class LALMInputs:
 
     @property
     def audio_BT(self) -> Tensor | None:
-        """Which tokens stand for sound; None in an encoder-decoder model."""
+        """Which tokens stand for sound; None where none do."""
         return None if self.audio_token_id is None else self.model_inputs["input_ids"] == self.audio_token_id
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> LALMInputs:
         """Move to ``device``; floating-point inputs are cast to the model's ``dtype``."""
-        return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None, non_blocking=True))
+
+        def move(name: str, x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() and name not in EXACT else None, non_blocking=True)
+
+        return self._map(move)
 
     def pin_memory(self) -> LALMInputs:
         """Called by DataLoader, so that the copy to a GPU overlaps with computing."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda name, x: x.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> LALMInputs:
-        changed = {name: change(x) for name, x in self.model_inputs.items()}
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> LALMInputs:
+        changed = {name: change(name, x) for name, x in self.model_inputs.items()}
         return replace(self, model_inputs=changed, parts=tuple(part._map(change) for part in self.parts))
 
     def in_parts(self, run: Callable[[LALMInputs], Tensor]) -> Tensor:
@@ -93,9 +100,11 @@ class ClipProcessor:
         cut_window: compute features for the longest clip of a batch instead of the full window, where the encoder
             allows it; several times faster for short clips, equal up to rounding.
         long_clips: ``cut`` clips at the model's window, or ``split`` them evenly and average the pieces.
+        modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual``.
+        frame_rate: frames a second of a video.
 
     Raises:
-        BackboneError: when the checkpoint has no processor that takes audio.
+        BackboneError: when the checkpoint has no processor that takes audio, or no pictures where they are wanted.
     """
 
     def __init__(
@@ -106,9 +115,13 @@ class ClipProcessor:
         trust_remote_code: bool = False,
         cut_window: bool = True,
         long_clips: LongClips = "cut",
+        modality: Modality = "audio",
+        frame_rate: float = 2.0,
     ) -> None:
         if long_clips not in get_args(LongClips):
             raise BackboneError(f"long_clips={long_clips!r} is unknown: choose cut or split.")
+        if long_clips == "split" and modality != "audio":
+            raise BackboneError(f"long_clips=split is for sound: with modality={modality} clips are cut.")
         try:
             config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
             self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
@@ -130,7 +143,8 @@ class ClipProcessor:
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = padding_side
         self.mixes_from = mixes_from(config, extractor)
-        self.audio_token: str = getattr(self.processor, "audio_token", "")
+        self.content = Content(self.processor, modality, frame_rate)
+        self.audio_token = self.content.audio_token
         self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(self.audio_token)
         self.template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         self.mistral = type(self.tokenizer).__name__ == "MistralCommonBackend"
@@ -141,10 +155,9 @@ class ClipProcessor:
             if self.start_tokens is None:
                 raise BackboneError(f"{checkpoint} has no chat template: add its chat_template.jinja to the folder.")
 
-    def load(self, clip: Clip) -> Tensor:
-        """Decode one clip: (S,) float32 at the model's rate, as long as :meth:`__call__` takes. Raises AudioError."""
-        longest = self.max_seconds if self.long_clips == "cut" else None
-        return load_audio(clip.audio, self.sampling_rate, clip.start, clip.end, longest)
+    def load(self, clip: Clip) -> Media:
+        """Decode one clip, as long as :meth:`__call__` takes. Raises AudioError."""
+        return self.content.load(clip, self.sampling_rate, self.max_seconds if self.long_clips == "cut" else None)
 
     def warn_of_cut_clips(self, clips: Sequence[Clip]) -> int:
         """Warn of clips longer than the model's window where they are cut; return how many there are."""
@@ -163,58 +176,62 @@ class ClipProcessor:
         """The text after the audio."""
         return self.prompt.replace("{question}", clip.question or DEFAULT_QUESTION)
 
-    def text(self, clip: Clip) -> str:
+    def text(self, clip: Clip, num_frames: int = 1) -> str:
         """The full prompt of one clip, through the checkpoint's chat template.
 
         Raises:
-            BackboneError: the template writes no audio.
+            BackboneError: the template writes no audio, or no pictures where there are.
         """
         question = self.question(clip)
         if self.mistral:
             return mistral.text(self.processor, question)
         # Templates take a list of parts; older ones (Granite Speech) one text with the audio token written into it.
-        parts = [{"type": "audio"}, {"type": "text", "text": question}]
-        for content in (parts, f"{self.audio_token}{question}"):
+        parts = [*self.content.parts(num_frames), {"type": "text", "text": question}]
+        tokens = self.content.tokens(num_frames)
+        for content in (parts, "".join(token * count for token, count in tokens.items()) + question):
             turn = {"role": "user", "content": content}
             rendered: str = self.processor.apply_chat_template(
                 [turn], chat_template=self.template, add_generation_prompt=True, tokenize=False
             )
-            if rendered.count(self.audio_token) == 1:
+            if all(rendered.count(token) == count for token, count in tokens.items()):
                 return rendered
         raise BackboneError(
-            f"the chat template of {type(self.processor).__name__} writes no {self.audio_token!r} for the audio: "
-            "replace the checkpoint's chat_template.jinja."
+            f"the chat template of {type(self.processor).__name__} writes no {' or no '.join(map(repr, tokens))} for "
+            "what is heard or seen: replace the checkpoint's chat_template.jinja."
         )
 
-    def __call__(self, clips: Sequence[Clip], waveforms: Sequence[Tensor]) -> LALMInputs:
-        """Batch clips with their sound (from :meth:`load`); every clip yields at least one audio token."""
-        window = None if self.max_seconds is None else round(self.max_seconds * self.sampling_rate)
-        if window is not None and any(len(x_S) > window for x_S in waveforms):
-            return self._in_pieces(clips, waveforms, window)
+    def __call__(self, clips: Sequence[Clip], media: Sequence[Media]) -> LALMInputs:
+        """Batch clips with what was decoded of them (:meth:`load`); every sound yields at least one audio token."""
+        window = math.inf if self.max_seconds is None else round(self.max_seconds * self.sampling_rate)
+        if any(len(x_S) > window for x_S, _ in media):
+            return self._in_pieces(clips, media, int(window))
         if self.start_tokens is not None:
-            return self._start_token_inputs(waveforms)
-        if len({min(len(x_S), self.mixes_from) for x_S in waveforms}) > 1:
-            return self._by_length(clips, waveforms)
+            return self._start_token_inputs([x_S for x_S, _ in media])
+        if len({min(len(x_S), self.mixes_from) for x_S, _ in media}) > 1:
+            return self._by_length(clips, media)
         if self.mistral:
             questions = [self.question(clip) for clip in clips]
-            return self._inputs(mistral.inputs(self.processor, questions, waveforms))
-        texts = [self.text(clip) for clip in clips]
-        long_enough = [self._long_enough(x_S, text) for x_S, text in zip(waveforms, texts, strict=True)]
+            return self._inputs(mistral.inputs(self.processor, questions, [x_S for x_S, _ in media]))
+        texts = [
+            self.text(clip, 0 if frames_F3HW is None else len(frames_F3HW))
+            for clip, (_, frames_F3HW) in zip(clips, media, strict=True)
+        ]
+        long_enough = [self._long_enough(medium, text) for medium, text in zip(media, texts, strict=True)]
         return self._inputs(self._process(texts, long_enough))
 
-    def _by_length(self, clips: Sequence[Clip], waveforms: Sequence[Tensor]) -> LALMInputs:
+    def _by_length(self, clips: Sequence[Clip], media: Sequence[Media]) -> LALMInputs:
         """One part for each length, so that no clip hears the padding of another."""
         rows: dict[float, list[int]] = defaultdict(list)
-        for row, x_S in enumerate(waveforms):
+        for row, (x_S, _) in enumerate(media):
             rows[min(len(x_S), self.mixes_from)].append(row)
-        parts = tuple(self([clips[i] for i in part], [waveforms[i] for i in part]) for part in rows.values())
+        parts = tuple(self([clips[i] for i in part], [media[i] for i in part]) for part in rows.values())
         order = tuple(i for part in rows.values() for i in part)
         return LALMInputs({}, torch.zeros(len(clips), dtype=torch.long), parts=parts, order=order)
 
-    def _in_pieces(self, clips: Sequence[Clip], waveforms: Sequence[Tensor], window: int) -> LALMInputs:
+    def _in_pieces(self, clips: Sequence[Clip], media: Sequence[Media], window: int) -> LALMInputs:
         """Long clips in even pieces, in batches no larger than this one."""
-        pieces = [x_S.tensor_split(-(-len(x_S) // window)) for x_S in waveforms]
-        flat = [piece_S for clip_pieces in pieces for piece_S in clip_pieces]
+        pieces = [x_S.tensor_split(max(1, -(-len(x_S) // window))) for x_S, _ in media]
+        flat = [Media(piece_S) for clip_pieces in pieces for piece_S in clip_pieces]
         order = tuple(i for i, clip_pieces in enumerate(pieces) for _ in clip_pieces)
         size = len(clips)
         parts = tuple(
@@ -227,32 +244,33 @@ class ClipProcessor:
         positions_T = torch.arange(mask_BT.shape[1])
         frames_BT = next((inputs[name] for name in FRAME_MASKS if name in inputs), None)
         return LALMInputs(
-            model_inputs=dict(inputs),
+            model_inputs={**inputs, **self.content.model_inputs()},
             last_token_B=(mask_BT * positions_T).argmax(1),
             frames_B=None if frames_BT is None else frames_BT.sum(1),
             max_frames=None if frames_BT is None else frames_BT.shape[1],
-            audio_token_id=self.audio_token_id,
+            audio_token_id=self.audio_token_id if self.content.hears else None,
         )
 
-    def _process(self, texts: list[str], waveforms: list[Tensor]) -> Mapping[str, Tensor]:
-        with shorter_features(self.extractor, waveforms) if self.cut_window else nullcontext():
+    def _process(self, texts: list[str], media: Sequence[Media]) -> Mapping[str, Tensor]:
+        cut = self.cut_window and self.content.hears
+        with shorter_features(self.extractor, [x_S for x_S, _ in media]) if cut else nullcontext():
             inputs: Mapping[str, Tensor] = self.processor(
                 text=texts,
-                audio=[x_S.numpy() for x_S in waveforms],
                 sampling_rate=self.sampling_rate,
                 return_tensors="pt",
                 # Of the text alone: how sound is padded is the processor's own business.
                 text_kwargs={"padding": True, "padding_side": self.tokenizer.padding_side},
+                **self.content.arguments(media),
             )
         return inputs
 
-    def _long_enough(self, waveform_S: Tensor, text: str) -> Tensor:
+    def _long_enough(self, medium: Media, text: str) -> Media:
         """Pad with silence, doubling, until the processor gives the clip an audio token."""
-        if len(waveform_S) >= SURELY_LONG_ENOUGH_SECONDS * self.sampling_rate:
-            return waveform_S
-        while not (self._process([text], [waveform_S])["input_ids"] == self.audio_token_id).any():
-            waveform_S = F.pad(waveform_S, (0, len(waveform_S)))
-        return waveform_S
+        if not self.content.hears or len(medium.waveform_S) >= SURELY_LONG_ENOUGH_SECONDS * self.sampling_rate:
+            return medium
+        while not (self._process([text], [medium])["input_ids"] == self.audio_token_id).any():
+            medium = medium._replace(waveform_S=F.pad(medium.waveform_S, (0, len(medium.waveform_S))))
+        return medium
 
     def _start_token_inputs(self, waveforms: Sequence[Tensor]) -> LALMInputs:
         features = self.extractor(

@@ -42,6 +42,9 @@ class Backbone:
         device_map: ``auto`` spreads the layers over all GPUs of one process; null keeps the model on one.
         quantization: ``4bit`` or ``8bit`` weights, by bitsandbytes.
         adapter: a LoRA adapter (peft): a folder, a folder inside the checkpoint, or a hub id.
+        modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual``; the last two need a model that sees,
+            and PyAV.
+        frame_rate: frames a second of a video.
     """
 
     path: str = "calm-tiny"
@@ -57,6 +60,8 @@ class Backbone:
     device_map: str | None = None
     quantization: str | None = None
     adapter: str | None = None
+    modality: str = "audio"
+    frame_rate: float = 2.0
 
     @property
     def name(self) -> str:
@@ -100,6 +105,8 @@ class Backbone:
             device_map=self.device_map,
             quantization=self.quantization,  # type: ignore[arg-type]  # checked by placement
             adapter=self.adapter,
+            modality=self.modality,  # type: ignore[arg-type]  # checked by Content
+            frame_rate=self.frame_rate,
         )
 
     def _state_on_disk(self) -> tuple[tuple[str, int, int], ...]:
@@ -120,6 +127,8 @@ class Backbone:
             trust_remote_code=self.trust_remote_code,
             cut_window=self.cut_window,
             long_clips=self.long_clips,  # type: ignore[arg-type]  # checked there
+            modality=self.modality,  # type: ignore[arg-type]  # checked there
+            frame_rate=self.frame_rate,
         )
 
     def answers_questions(self) -> bool:
@@ -160,6 +169,8 @@ class Backbone:
             key["quantization"] = self.quantization
         if self.adapter is not None:
             key["adapter"] = _digests(adapter_folder(self.adapter, resolve_checkpoint(self.path, self.revision)), root)
+        if self.modality != "audio":
+            key |= {"modality": self.modality, "frame_rate": self.frame_rate}
         return key
 
 

@@ -141,8 +141,9 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
             values.setdefault(name, value)
         elif name not in (*_FIELDS, "answer"):
             ignored[key] += 1
-    if not values.get("audio"):
+    if not values.get("audio") and not values.get("video"):
         raise ManifestError(f"{where}: no 'audio' (a path); found {', '.join(row) or 'nothing'}")
+    values.setdefault("audio", values.get("video"))  # its sound track
     for name in ("audio", "video", "split", "group", "question"):
         if name in values:
             values[name] = _text(values[name], name, where)

@@ -11,10 +11,11 @@ from itertools import chain, islice
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from calm_pl.audio import AudioError
+from calm_pl.backbone.content import Media
+from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip, length_batches
@@ -84,18 +85,18 @@ class ClipBatches(Dataset[ClipBatch]):
     def __getitem__(self, item: int) -> ClipBatch:
         if self._processor is None:  # built in the worker, once
             self._processor = self.backbone.clip_processor()
-        waveforms: dict[int, Tensor] = {}
+        media: dict[int, Media] = {}
         errors: list[str] = []
         for index in self.batches[item]:
             try:
-                waveforms[index] = self._processor.load(self.clips[index])
+                media[index] = self._processor.load(self.clips[index])
             except AudioError as error:
                 errors.append(str(error))
-        if not self.wanted.intersection(waveforms):
+        if not self.wanted.intersection(media):
             return ClipBatch([], [], None, errors)
-        clips = [self.clips[i] for i in waveforms]
-        keys = [self.keys[i] if i in self.wanted else None for i in waveforms]
-        return ClipBatch(clips, keys, self._processor(clips, list(waveforms.values())), errors)
+        clips = [self.clips[i] for i in media]
+        keys = [self.keys[i] if i in self.wanted else None for i in media]
+        return ClipBatch(clips, keys, self._processor(clips, list(media.values())), errors)
 
 
 class ShardBatches(IterableDataset[ClipBatch]):
@@ -128,6 +129,8 @@ class ShardBatches(IterableDataset[ClipBatch]):
 
     def __iter__(self) -> Iterator[ClipBatch]:
         processor = self.backbone.clip_processor()
+        if processor.content.sees:
+            raise BackboneError(f"shards carry sound only: modality {self.backbone.modality} needs files.")
         stream = ShardClips(self.urls, processor.sampling_rate, processor.max_seconds, self.share)
         for shard in stream.shards():
             while read := list(islice(shard, SORTED_BATCHES * self.batch_size)):
@@ -144,7 +147,7 @@ class ShardBatches(IterableDataset[ClipBatch]):
             kept = [key if begin + row in wanted else None for row, key in enumerate(keys[begin:][: len(batch)])]
             if any(kept):
                 clips = [item.clip for item in batch]
-                inputs = processor(clips, [item.waveform_S for item in batch])
+                inputs = processor(clips, [Media(item.waveform_S) for item in batch])
                 yield ClipBatch(clips, kept, inputs, errors)
                 errors = []
         if errors:

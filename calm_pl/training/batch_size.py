@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calm_pl.audio import AudioError
+from calm_pl.backbone.content import Media
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.clip import Clip, length_batches
@@ -70,16 +71,16 @@ def fitting_batch_size(run: Pass, processor: ClipProcessor, clips: Sequence[Clip
     longest = _longest(processor, clips)
     if longest is None:
         return 1
-    clip, waveform_S = longest
+    clip, medium = longest
     ballast = _ballast()
     size = 1
-    while size < LARGEST_BATCH and _fits(run, processor([clip] * (2 * size), [waveform_S] * (2 * size))):
+    while size < LARGEST_BATCH and _fits(run, processor([clip] * (2 * size), [medium] * (2 * size))):
         size *= 2
     del ballast
     return size
 
 
-def _longest(processor: ClipProcessor, clips: Sequence[Clip]) -> tuple[Clip, Tensor] | None:
+def _longest(processor: ClipProcessor, clips: Sequence[Clip]) -> tuple[Clip, Media] | None:
     for (index,) in length_batches(clips, 1):
         try:
             return clips[index], processor.load(clips[index])

@@ -84,8 +84,11 @@ class CalmCLI(LightningCLI):
         """Give the run its folder, and its checkpoint a place in it."""
         config = self.config[self.subcommand]
         data = config.data
+        backbone = data.backbone.path
+        if data.backbone.modality != "audio":
+            backbone += f"-{data.backbone.modality}"
         run_dir = config.run_dir or default_run_dir(
-            recipe_name(data.recipe.class_path), data.backbone.path, data.shots, data.seed
+            recipe_name(data.recipe.class_path), backbone, data.shots, data.seed
         )
         if not config.run_dir and data.recipe.init_args.get("test_fold") == "all":
             run_dir = f"{run_dir}-all-folds"

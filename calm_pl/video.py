@@ -1,0 +1,116 @@
+"""A video file's pictures, sampled at a set rate. F: frames, H, W: pixels."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from calm_pl.audio import AudioError, check_file
+from calm_pl.container import SEEKABLE, open_container, start_seconds, stream_seconds
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+# Processors shrink frames to about this area (Qwen's 768 patches of 28 x 28); larger ones only fill memory.
+MAX_PIXELS = 768 * 28 * 28
+# A film may end this much before its header says.
+SLACK_SECONDS = 0.5
+# Time stamps are rounded, in Matroska to milliseconds.
+ROUNDING_SECONDS = 0.0006
+
+
+class VideoError(AudioError):
+    """A video that cannot be seen, and why; counted where clips that cannot be heard are."""
+
+
+def load_frames(
+    path: str | os.PathLike[str],
+    rate: float,
+    start: float | None = None,
+    end: float | None = None,
+    max_seconds: float | None = None,
+) -> Tensor:
+    """The pictures shown at `start`, `start + 1 / rate`, ... until `end`.
+
+    Args:
+        path: any file that FFmpeg reads.
+        rate: pictures a second.
+        start: first second; None is the beginning.
+        end: last second; None is the end of the file.
+        max_seconds: look at no more than this many seconds from `start`.
+
+    Returns:
+        uint8 tensor (F, 3, H, W), RGB, F at least 1; frames larger than `MAX_PIXELS` are shrunk in proportion.
+
+    Raises:
+        AudioError: the file is missing or empty, or FFmpeg cannot read it.
+        VideoError: it has no pictures, is truncated or damaged, or `start` and `end` lie outside it.
+    """
+    check_file(path)
+    import av
+
+    begin, stop = start or 0.0, math.inf if end is None else end
+    if max_seconds is not None:
+        stop = min(stop, begin + max_seconds)
+    with open_container(path) as container:
+        stream = _pictures(path, container)
+        seconds = stream_seconds(container, stream)
+        if seconds is not None and begin >= seconds:
+            raise VideoError(path, f"{begin:g} s lies outside its pictures, which last {seconds:.3f} s")
+        try:
+            frames = [_rgb(frame) for frame in _sampled(container, stream, begin, stop, 1 / rate)]
+        except av.error.FFmpegError as error:
+            raise VideoError(path, f"truncated or damaged ({error.strerror}); fetch it again") from None
+    if not frames:
+        raise VideoError(path, "not one of its frames can be decoded; fetch it again")
+    wanted = None if seconds is None else (min(stop, seconds) - begin) * rate
+    if wanted is not None and len(frames) < wanted - SLACK_SECONDS * rate:
+        raise VideoError(path, f"truncated: {wanted - len(frames):.0f} of its last frames are missing; fetch it again")
+    return torch.stack(frames)
+
+
+def _pictures(path: str | os.PathLike[str], container: InputContainer) -> VideoStream:
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:  # the cover of an album moves not
+            return stream
+    raise VideoError(path, "has no pictures, only sound; give the clip a video, or set modality: audio")
+
+
+def _sampled(
+    container: InputContainer, stream: VideoStream, begin: float, stop: float, step: float
+) -> Iterator[VideoFrame]:
+    """The frame shown at each wanted time; one is shown until the next one's time, the first also before its own."""
+    zero = start_seconds(container)
+    if begin > 0 and container.format.name.startswith(SEEKABLE):
+        container.seek(round((begin + zero) * 1_000_000))
+    wanted, count, until = begin, 0, 0.0
+    shown: VideoFrame | None = None
+    for frame in container.decode(stream):
+        time = (frame.time or 0.0) - zero
+        while shown is not None and wanted < min(time, stop) - ROUNDING_SECONDS:
+            yield shown
+            count += 1
+            wanted = begin + count * step
+        if time >= stop:
+            return
+        shown, until = frame, time + float(1 / stream.average_rate if stream.average_rate else 0)
+    while shown is not None and (wanted < min(until, stop) - ROUNDING_SECONDS or (not count and wanted <= until)):
+        yield shown
+        count += 1
+        wanted = begin + count * step
+
+
+def _rgb(frame: VideoFrame) -> Tensor:
+    """(3, H, W)."""
+    scale = min(1.0, math.sqrt(MAX_PIXELS / (frame.width * frame.height)))
+    small = frame.reformat(max(1, int(frame.width * scale)), max(1, int(frame.height * scale)), format="rgb24")
+    return torch.from_numpy(small.to_ndarray()).permute(2, 0, 1).contiguous()
