@@ -127,14 +127,14 @@ def test_the_run_folder_is_a_classifier(run_folder, tones):
 
 
 def test_a_second_run_with_other_shots_loads_no_backbone(run_folder, tones, tiny_lalm, tmp_path, monkeypatch):
-    from calm_pl.backbone import processing
+    from calm_pl.backbone import content
     from calm_pl.backbone.lalm import FrozenLALM
 
     def refuse(*args, **kwargs):
         raise AssertionError("the backbone was loaded, or a clip decoded")
 
     monkeypatch.setattr(FrozenLALM, "from_pretrained", refuse)
-    monkeypatch.setattr(processing, "load_audio", refuse)
+    monkeypatch.setattr(content, "load_audio", refuse)
     calm("fit", *options(tones, tiny_lalm, "--run_dir", tmp_path), "--data.shots", "1")
     assert json.loads((tmp_path / "results.json").read_text())["shots"] == 1
 
