@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from calm_pl.backbone.answers import generate_answers, letter_log_likelihoods, match_answer
+from calm_pl.backbone.answers import generate_answers, leading_letter, letter_log_likelihoods, named_labels
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
@@ -140,16 +140,24 @@ def test_generation_is_greedy_and_the_same_in_a_batch(tiny_lalm, lalm, clips):
 
 
 @pytest.mark.parametrize(
-    ("answer", "label"),
+    ("answer", "labels"),
     [
-        ("Dog bark", 0),
-        ("  dog_bark. ", 0),
-        ("The sound is a sea wave!", 1),
-        ("It is a dog barking", None),  # "dog bark" is no word of it
-        ("rain on a roof", 3),  # the longer label wins
-        ("rain, then a sea wave", 2),  # else the first that is named
-        ("", None),
+        ("Dog bark", [0]),
+        ("  dog_bark. ", [0]),
+        ("The sound is a sea wave!", [1]),
+        ("It is a dog barking", []),  # "dog bark" is no word of it
+        ("rain on a roof", [3, 2]),  # the longer label wins
+        ("rain, then a sea wave", [2, 1]),  # in the answer's order
+        ("", []),
     ],
 )
-def test_answers_are_matched_to_labels(answer, label):
-    assert match_answer(answer, ["dog bark", "sea_wave", "rain", "rain on a roof"]) == label
+def test_answers_are_matched_to_labels(answer, labels):
+    assert named_labels(answer, ["dog bark", "sea_wave", "rain", "rain on a roof"]) == labels
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", 1), ("B.", 1), ("C. Rain", 2), ("(b) rain", 1), ("A) rain", 0), ("A dog barks", None), ("rain", None)],
+)
+def test_letters_are_read_off_answers(answer, letter):
+    assert leading_letter(answer) == letter

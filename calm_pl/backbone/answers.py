@@ -78,15 +78,21 @@ def generate_answers(lalm: FrozenLALM, inputs: LALMInputs, max_new_tokens: int =
     return decoded
 
 
-def match_answer(answer: str, labels: Sequence[str]) -> int | None:
-    """Index of the label that an answer names: the first one named, the longest of several that start there.
+def named_labels(answer: str, labels: Sequence[str]) -> list[int]:
+    """Indices of the labels that an answer names, in its order; of several that start at one word, the longest first.
 
-    Case, punctuation and underscores do not count; labels match whole words only. None: no label is named.
+    Case, punctuation and underscores do not count; labels match whole words only.
     """
     words = f" {_words(answer)} "
     found = [(words.find(f" {_words(label)} "), -len(label), i) for i, label in enumerate(labels)]
-    named = [entry for entry in found if entry[0] >= 0]
-    return min(named)[2] if named else None
+    return [index for at, _, index in sorted(found) if at >= 0]
+
+
+def leading_letter(answer: str) -> int | None:
+    """Which option (0 is A) an answer chooses by its letter, as in "B", "B." or "(b) rain"; None for a plain text."""
+    found = re.match(r"\W*([A-Z])\W*$|\W*([A-Z])[.:)]|\(([a-z])\)", answer)
+    letter = next(filter(None, found.groups()), "") if found else ""
+    return string.ascii_uppercase.index(letter.upper()) if letter else None
 
 
 def _must_answer(lalm: FrozenLALM) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from calm_pl.audio import AudioError
-from calm_pl.backbone.answers import label_log_likelihoods
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
@@ -109,22 +108,6 @@ class HeadExtraction(L.LightningModule):
     def vector_names(self) -> list[str]:
         """K names."""
         return self.lalm.head_names
-
-
-class ZeroShotExtraction(HeadExtraction):
-    """Asks the backbone in words instead: one vector a clip, the log-likelihood of each label (1 x C)."""
-
-    title = "asking in words"
-
-    def __init__(self, backbone: Backbone, labels: Sequence[str]) -> None:
-        super().__init__(backbone)
-        self.labels = list(labels)
-
-    def vectors(self, inputs: LALMInputs) -> Tensor:
-        return label_log_likelihoods(self.lalm, inputs, self.labels)[:, None, :]
-
-    def vector_names(self) -> list[str]:
-        return ["answer"]
 
 
 def weights_dtype(precision: str) -> str:

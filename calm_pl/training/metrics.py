@@ -12,7 +12,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import (
     binary_calibration_error,
-    multiclass_accuracy,
     multiclass_f1_score,
 )
 from torchmetrics.utilities import dim_zero_cat
@@ -75,12 +74,13 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
     """Accuracy, macro-F1, negative log-likelihood, Brier score and expected calibration error.
 
     Each figure ``x`` comes with ``x_interval``, [low, high] at 95 %: Wilson's for accuracy, a bootstrap over clips
-    (percentiles, fixed seed) for the others.
+    (percentiles, fixed seed) for the others. A row of zeros is a clip without an answer: wrong, whatever its class.
     """
     N, C = probabilities_NC.shape
     if N == 0:
         return {}
     confidence_N, prediction_N = probabilities_NC.max(1)
+    prediction_N = prediction_N.masked_fill(confidence_N == 0, C)
     true_N = probabilities_NC.gather(1, labels_N[:, None]).squeeze(1)
     brier_N = probabilities_NC.square().sum(1) - 2 * true_N + 1
     columns = (labels_N, prediction_N, confidence_N, true_N, brier_N)
@@ -113,9 +113,12 @@ def _figures_of(
     brier_N: Tensor,
 ) -> dict[str, float]:
     correct_N = (prediction_N == labels_N).long()
+    # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
+    f1_C = multiclass_f1_score(prediction_N, labels_N, num_classes + 1, average="none")[:num_classes]
+    known_C = torch.cat([prediction_N, labels_N]).bincount(minlength=num_classes + 1) > 0
     return {
-        "accuracy": float(multiclass_accuracy(prediction_N, labels_N, num_classes, average="micro")),
-        "macro_f1": float(multiclass_f1_score(prediction_N, labels_N, num_classes, average="macro")),
+        "accuracy": float(correct_N.float().mean()),
+        "macro_f1": float(f1_C[known_C[:num_classes]].mean()),
         "nll": float(-true_N.clamp_min(SMALLEST_PROBABILITY).log().mean()),
         "brier": float(brier_N.mean()),
         # Top-label calibration is calibration of the binary question "is this prediction right?".

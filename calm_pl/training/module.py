@@ -23,9 +23,10 @@ from calm_pl.headstore import HeadStore
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.progress import Task
-from calm_pl.training.extraction import HeadExtraction, ZeroShotExtraction, extract_missing, weights_dtype
+from calm_pl.training.extraction import HeadExtraction, extract_missing, weights_dtype
 from calm_pl.training.metrics import ClipScores
 from calm_pl.training.progress import shows_progress
+from calm_pl.training.zero_shot import Answers, ZeroShot
 
 CHECKPOINT_KEY = "calm_pl"
 
@@ -41,6 +42,8 @@ class CalmModule(L.LightningModule):
         methods: classifiers by name, each fitted on the support set alone.
         classifier: the one of them that predicts, and that the run folder keeps for use.
         zero_shot: also ask the backbone in words, as a baseline on the test clips.
+        zero_shot_by: what tells its answer: ``likelihood`` of each class name, ``letters`` of the options that the
+            question lists (protocol ``mcq``), or ``generation`` of an answer that is searched for a class name.
         optimizer: of learned weights; None is Adam with the step size that the method was cross-validated with.
         lr_scheduler: of learned weights, stepped once an epoch; None keeps the step size.
     """
@@ -50,6 +53,7 @@ class CalmModule(L.LightningModule):
         methods: dict[str, HeadClassifier],
         classifier: str = "calm",
         zero_shot: bool = True,
+        zero_shot_by: Answers = "likelihood",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -62,6 +66,7 @@ class CalmModule(L.LightningModule):
         self.nothing.requires_grad_(not self.learners)
         self.classifier = classifier
         self.zero_shot = zero_shot
+        self.zero_shot_by = zero_shot_by
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.classes: list[str] = []
@@ -254,20 +259,19 @@ class CalmModule(L.LightningModule):
                     self.log(f"{part}/{name}/{figure}", value, rank_zero_only=True)
 
     def _zero_shot_scores(self, part: str) -> ClipScores:
-        """Likelihood of each class name as the model's own answer, kept in a head store of its own."""
+        """What the model answers when asked in words, kept in a head store of its own."""
         data = self.data
         positions = data.usable(part)
         clips = [data.clips[i] for i in positions]
-        key = {**data.store.key, "zero_shot_labels": self.classes}
-        store = HeadStore(key, data.store_root, dtype="float32")
-        extraction = ZeroShotExtraction(data.backbone, self.classes)
+        extraction = ZeroShot(data.backbone, clips, self.classes, self.zero_shot_by)
+        store = HeadStore({**data.store.key, **extraction.store_key()}, data.store_root, dtype="float32")
         extract_missing(self.trainer, clips, extraction, store, data.batch_size, data.num_workers)
         scores = ClipScores().to(self.device)
         share = slice(self.trainer.global_rank, None, self.trainer.world_size)
-        logits_BC = store.read(store.clip_keys(clips)[share]).squeeze(1)
+        kept_BV = store.read(store.clip_keys(clips)[share]).squeeze(1)
         scores.update(
             torch.tensor(positions[share], device=self.device),
-            logits_BC.softmax(-1).to(self.device),
+            extraction.probabilities(kept_BV, clips[share]).to(self.device),
             torch.tensor([data.labels[i] for i in positions[share]], device=self.device),
         )
         return scores
