@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+import os
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +20,12 @@ from hypothesis import strategies as st
 from calm_pl import cli
 from calm_pl.backbone.spec import Backbone
 from calm_pl.classifier import CalmClassifier
+from calm_pl.clip import Clip
 from calm_pl.methods.calm import Calm
 from calm_pl.report.comparison import Comparison
 from calm_pl.report.page import headline, write_report
 from calm_pl.report.run import Run, head_sites, heads_for
+from calm_pl.training.results import write_predictions
 from tests.browser import chromium
 from tests.conftest import tone
 
@@ -109,6 +116,25 @@ def test_every_plot_is_there_for_a_paper(run_folder):
         assert (run_folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_of_a_sweep_shows_accuracy_over_shots_until_it_is_run_again(tmp_path):
+    folders = [write_run(tmp_path / str(shots), results(shots, calm=0.1 * shots)) for shots in (1, 5)]
+    comparison = Comparison(folders)
+    comparison.write(tmp_path / "out")
+    comparison.add_curves(tmp_path / "out")
+    assert 'id="shots"' in (folders[0] / "report.html").read_text()
+    assert 'id="shots"' in write_report(folders[0]).read_text()
+    later = (folders[0] / "plots" / "accuracy-over-shots.svg").stat().st_mtime + 1
+    os.utime(folders[0] / "results.json", (later, later))
+    assert 'id="shots"' not in write_report(folders[0]).read_text()
+
+
+def test_plots_are_drawn_once_where_nothing_changed(run_folder):
+    drawn = {file: file.stat().st_mtime_ns for file in (run_folder / "plots").iterdir()}
+    page = (run_folder / "report.html").read_text()
+    assert write_report(run_folder, redraw=False).read_text() == page
+    assert {file: file.stat().st_mtime_ns for file in drawn} == drawn
+
+
 def test_the_same_run_gives_the_same_bytes(run_folder):
     before = {file: file.read_bytes() for file in run_folder.rglob("*") if file.suffix in (".html", ".svg")}
     assert cli.main(["report", str(run_folder)]) == 0
@@ -121,6 +147,20 @@ def test_recordings_stay_out_when_asked(run_folder, tmp_path):
     assert cli.main(["report", str(copy), "--mistakes", "0"]) == 0
     assert "data:audio" in (run_folder / "report.html").read_text()
     assert "data:audio" not in (copy / "report.html").read_text()
+
+
+def test_a_part_of_a_file_is_heard_from_its_start_to_its_end(tmp_path):
+    low, high = (soundfile.read(tone(tmp_path / f"{f}.wav", f, 1.0))[0] for f in (300, 3000))
+    soundfile.write(tmp_path / "long.wav", np.concatenate([low, high]), 16_000)
+    clips = [Clip(str(tmp_path / "long.wav"), "siren", start=1.25, end=1.75), Clip(str(tmp_path / "300.wav"), "siren")]
+    write_run(tmp_path, results(calm=0.5))
+    write_predictions(tmp_path / "predictions.csv", clips, ["rain", "siren"], torch.tensor([[0.9, 0.1], [0.8, 0.2]]))
+    page = write_report(tmp_path).read_text()
+    assert "long.wav, from 1.25 s to 1.75 s" in page and "300.wav</code>" in page
+    heard = base64.b64decode(page.partition("data:audio/flac;base64,")[2].partition('"')[0])
+    wave, rate = soundfile.read(io.BytesIO(heard))
+    assert len(wave) == 0.5 * rate
+    assert np.abs(np.fft.rfft(wave)).argmax() * 2 == pytest.approx(3000, abs=10)
 
 
 def test_a_run_without_labels_or_weights_has_a_page(tmp_path):

@@ -33,8 +33,11 @@ def test_heads_of_a_run(tones, tiny_lalm, tmp_path, capsys):
     fast = ["--model.methods.calm_learned.init_args.steps", "2"]
     fit = calm_process("fit", *options(tones, tiny_lalm, "--run_dir", tmp_path, *fast))
     assert fit.returncode == 0, fit.stderr
+    first = json.loads((tmp_path / "heads.json").read_text())
+    assert "most trusted of all alone" in (tmp_path / "report.html").read_text()  # every run tells how few are enough
     assert cli.main(["heads", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "heads.json").read_text())
+    assert first == {name: found[name] for name in ("accuracy_with_heads_kept", "clips")}  # all clips fit into 256
     results = json.loads((tmp_path / "results.json").read_text())
     kept = results["methods"]["calm_learned"]["accuracy"]
     assert sum(found["accuracy"].values()) / 3 == pytest.approx(kept)  # classes of equal size

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import yaml
 from calm_pl import cli
 from calm_pl.commands.sweep import Point, default_folder, read_points
 from calm_pl.conf import config_names, find_config
+from tests.conftest import ROOT
 from tests.test_configs import parsed
 from tests.test_run import calm_process, options
 
@@ -35,6 +40,14 @@ def test_points_are_the_grid_in_order(tmp_path):
     assert [point.name for point in points] == ["shots=1,seed=3", "shots=2,seed=3"]
     # The server's logger is left out here; everything else stays, and the parameters come last.
     assert points[1].arguments == ("--model.zero_shot=false", "--data", "esc10", "--data.shots=2", "--data.seed=3")
+
+
+def test_the_shipped_files_follow_wandbs_own_schema():
+    """By W&B's package `sweeps`, which its server uses; it wants an old numpy, so it is no dependency of the tests."""
+    cfg = pytest.importorskip("sweeps.config.cfg")
+    assert cfg.schema_violations_from_proposed_config({"method": "gird", "parameters": {"a": {"value": 1}}})
+    for name in config_names("sweep"):
+        assert cfg.schema_violations_from_proposed_config(yaml.safe_load(find_config("sweep", name).read_text())) == []
 
 
 def test_wandb_agents_start_the_same_commands(tmp_path):
@@ -121,6 +134,9 @@ def test_a_sweep_leaves_runs_a_table_and_a_plot(sweep):
     (row,) = [row for row in rows if (row["method"], row["shots"]) == ("sav", "1")]
     assert float(row["accuracy"]) == pytest.approx(sum(accuracies) / 2) and row["runs"] == "2"
     assert (out / "plots" / "accuracy-over-shots.png").is_file() and (out / "comparison.html").is_file()
+    for run in out.glob("shots=*"):
+        assert (run / "plots" / "accuracy-over-shots.svg").is_file()
+        assert '<h2 id="shots">Accuracy over shots</h2>' in (run / "report.html").read_text()
 
 
 def test_the_backbone_is_loaded_once_for_heads_and_words_of_all_points(sweep):
@@ -140,6 +156,69 @@ def test_finished_points_are_skipped_and_others_run(sweep, monkeypatch):
     assert "loading tiny-random" not in again.stderr  # the head store holds every clip
     rerun = {file.parent.name for file in out.glob("*/results.json") if before.get(file) != file.stat().st_mtime_ns}
     assert rerun == {"shots=1,seed=1", "shots=2,seed=0"}
+
+
+def figures(folder: Path) -> dict:
+    """Every method's figures of a run."""
+    return json.loads((folder / "results.json").read_text())["methods"]
+
+
+def both(*commands: list[str | Path], cwd: Path, **env: str) -> list[subprocess.Popen[str]]:
+    """Run commands side by side to their end."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1", **env}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for command in commands
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return started
+
+
+def test_two_sweeps_at_once_do_each_point_once_and_find_the_same(sweep, tmp_path):
+    arguments, alone, *_ = sweep
+    command = ["-m", "calm_pl.cli", "sweep", arguments[0], "--out", tmp_path / "out", *arguments[3:]]
+    both(command, command, cwd=tmp_path, CALM_STORE=str(tmp_path / "heads"))
+    for shots, seed in itertools.product((1, 2), (0, 1)):
+        name = f"shots={shots},seed={seed}"
+        assert figures(tmp_path / "out" / name) == figures(alone / name), name
+
+
+# What `wandb agent` does with the points that its server sends: its own code, without the server.
+AGENT = """
+import queue, sys, yaml
+from wandb.wandb_agent import Agent
+sweep, point = (yaml.safe_load(open(file)) for file in sys.argv[1:])
+agent = Agent(None, queue.Queue(), sweep_id="local")
+agent._sweep_command = sweep["command"]
+command = {"type": "run", "run_id": "point", "program": sweep["program"], "args": point}
+answer = agent._process_command(command)
+sys.exit(answer.get("exception") or agent._run_processes["point"].wait())
+"""
+
+
+def test_two_wandb_agents_on_one_store_find_what_one_process_finds(sweep, tmp_path):
+    arguments, alone, *_ = sweep
+    parts = ["${env}", "${program}", "fit", "--logger=wandb", "--model.zero_shot=false", *map(str, arguments[3:])]
+    file = sweep_file(tmp_path, command=[*parts, "${args}"])
+    commands = []
+    for shots in (1, 2):
+        point = tmp_path / f"{shots}.yaml"
+        point.write_text(yaml.safe_dump({"data.shots": {"value": shots}, "data.seed": {"value": 0}}))
+        commands.append(["-c", AGENT, file, point])
+    home = {"HOME": str(tmp_path), "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "local"}
+    both(*commands, cwd=tmp_path, CALM_STORE=str(tmp_path / "heads"), **home)
+    for shots in (1, 2):
+        run = tmp_path / "runs" / f"folder-tiny-random-{shots}shot-seed0"
+        for method, found in figures(run).items():  # of heads that went through the backbone in other batches
+            expected = figures(alone / f"shots={shots},seed=0")[method]
+            assert found["accuracy"] == expected["accuracy"], method
+            assert found["nll"] == pytest.approx(expected["nll"], rel=1e-3), method
+        assert len(list(run.glob("wandb/offline-run-*-point/*.wandb"))) == 1
 
 
 def test_a_failed_point_does_not_stop_the_others(tones, tiny_lalm, tmp_path):

@@ -47,9 +47,7 @@ def main(argv: list[str]) -> int:
     console.print(
         "Weight by layer: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in sites), highlight=False
     )
-    most = list(found.kept.values())[-1]
-    enough = min(count for count, accuracy in found.kept.items() if accuracy >= 0.9 * most)
-    console.print(f"{enough} of {len(run.head_names)} heads reach 90 % of the accuracy.", highlight=False)
+    console.print(f"{run.enough_heads()} of {len(run.head_names)} heads reach 90 % of the accuracy.", highlight=False)
     print(f"all figures: {options.run / 'heads.json'}; plots: {options.run / 'report.html'}")
     return 0
 

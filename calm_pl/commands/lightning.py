@@ -42,7 +42,9 @@ def run(cli: type[CalmCLI], arguments: list[str]) -> None:
         # Lightning starts further processes with sys.argv, so it must say what this process was told.
         sys.argv[1:] = checkpoint_arguments(arguments)
         cli()
-    except (BackboneError, HeadStoreError, MisconfigurationException, ValueError, FileNotFoundError) as error:
+    except (
+        BackboneError, HeadStoreError, MisconfigurationException, ValueError, FileNotFoundError, ModuleNotFoundError
+    ) as error:  # fmt: skip
         if os.environ.get("CALM_DEBUG"):
             raise
         sys.exit(f"calm: error: {error}")

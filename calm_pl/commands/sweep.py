@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
     if finished:
         comparison = Comparison(finished)
         Console().print(*comparison.tables())
-        print(f"{len(finished)} of {len(points)} points; table, CSV and plots: {comparison.write(out)}")
+        page = comparison.write(out)
+        comparison.add_curves(out)
+        print(f"{len(finished)} of {len(points)} points; table, CSV and plots: {page}")
     for name, reason in failed.items():
         print(f"calm: {name} failed: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
+import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +17,11 @@ from typing import Any
 from rich.table import Table
 
 from calm_pl.methods.compare import half_width
+from calm_pl.progress import Task
 from calm_pl.report import plots
-from calm_pl.report.page import Plot, inline_svg, render
+from calm_pl.report.page import CURVE, Plot, inline_svg, render, write_report
 from calm_pl.report.run import Run
+from calm_pl.training.results import write_text
 
 # Settings that runs of one question may differ in: which clips were drawn, and how the work was done.
 DRAWS = re.compile(r"data\.(shots|seed|store\w*|batch_size|num_workers|recipe\..*|backbone\.path)")
@@ -70,11 +74,11 @@ class Comparison:
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
         self.runs = [Run.read(folder) for folder in folders]
-        found: dict[Question, list[Run]] = defaultdict(list)
+        self.runs_of: dict[Question, list[Run]] = defaultdict(list)
         for run, settings in zip(self.runs, _settings(self.runs), strict=True):
             results = run.results
-            found[Question(results["dataset"], results["backbone"], results["protocol"], settings)].append(run)
-        self.rows = {question: _rows(runs) for question, runs in found.items()}
+            self.runs_of[Question(results["dataset"], results["backbone"], results["protocol"], settings)].append(run)
+        self.rows = {question: _rows(runs) for question, runs in self.runs_of.items()}
 
     def tables(self) -> Iterator[Table]:
         """One table a question for the terminal: methods by shots, accuracy in %, mean ± half of its interval."""
@@ -96,11 +100,24 @@ class Comparison:
         plots_of = {question: self._plot(out, question) for question in self.rows}
         links = [(run, os.path.relpath(run.folder / "report.html", out)) for run in self.runs]
         page = out / "comparison.html"
-        page.write_text(render("comparison.html.j2", tables=self.rows, plots=plots_of, runs=links, by_method=by_method))
+        write_text(
+            page, render("comparison.html.j2", tables=self.rows, plots=plots_of, runs=links, by_method=by_method)
+        )
         return page
 
+    def add_curves(self, out: str | Path) -> None:
+        """Show in every run's own report the accuracy over shots that `write` drew of it and its like."""
+        with Task("adding accuracy over shots to the reports", len(self.runs), "reports") as task:
+            for question, runs in self.runs_of.items():
+                for run in runs:
+                    for file in Path(out, "plots").glob(f"{self._plot_name(question)}.*"):
+                        (run.folder / "plots").mkdir(exist_ok=True)
+                        shutil.copyfile(file, run.folder / "plots" / f"{CURVE}{file.suffix}")
+                    write_report(run.folder, redraw=False)
+                    task.advance()
+
     def _write_csv(self, file: Path) -> None:
-        with file.open("w", newline="") as handle:
+        with io.StringIO(newline="") as handle:
             writer = csv.writer(handle)
             writer.writerow(COLUMNS)
             for question, rows in self.rows.items():
@@ -109,14 +126,18 @@ class Comparison:
                     interval = row.half_width
                     bounds = ("", "") if interval != interval else (row.mean - interval, row.mean + interval)
                     writer.writerow([*asked, row.shots, row.method, len(row.accuracies), row.mean, *bounds])
+            write_text(file, handle.getvalue())
+
+    def _plot_name(self, question: Question) -> str:
+        about = str(question) if len(self.rows) > 1 else ""
+        return re.sub(r"[^\w.-]+", "-", f"{CURVE} {about}".strip())
 
     def _plot(self, out: Path, question: Question) -> Plot | None:
         """Accuracy over shots, where there is more than one shot count."""
         rows = self.rows[question]
         if len({row.shots for row in rows}) < 2:
             return None
-        about = str(question) if len(self.rows) > 1 else ""
-        name = re.sub(r"[^\w.-]+", "-", f"accuracy-over-shots {about}".strip())
+        name = self._plot_name(question)
         curves = {
             method: {shots: (row.mean, row.half_width) for shots, row in by_shots.items()}
             for method, by_shots in by_method(rows).items()

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from calm_pl import __version__
 from calm_pl.report import plots
 from calm_pl.report.run import Prediction, Run, heads_for
 from calm_pl.report.sounds import Sound, embed
+from calm_pl.training.results import write_text
 
 MISTAKES = 12
+CURVE = "accuracy-over-shots"
 # Base64 in the page; with everything else the page stays below 5 MB.
 SOUND_BUDGET = 3_500_000
 NAMED_HEADS = 3
@@ -31,13 +36,14 @@ class Plot:
     name: str
 
 
-def write_report(folder: str | Path, mistakes: int = MISTAKES) -> Path:
+def write_report(folder: str | Path, mistakes: int = MISTAKES, redraw: bool = True) -> Path:
     """Write ``report.html`` into a run folder, and its plots as PNG and SVG into ``plots/``.
 
     Args:
         folder: a run folder with ``results.json``.
         mistakes: how many of the most confident mistakes are shown and can be heard. 0 leaves all audio out, for
             recordings that must not leave this machine.
+        redraw: make plots anew that were made for these results already.
 
     Returns:
         The page's path.
@@ -50,14 +56,15 @@ def write_report(folder: str | Path, mistakes: int = MISTAKES) -> Path:
     content = {
         "run": run,
         "headline": headline(run),
-        "plots": draw(run),
+        "plots": draw(run, redraw),
+        "sweep": _sweep_curve(run),
         "heads": trusted_heads(run),
         "specialisation": run.specialisation,
         "mistakes": [] if not mistakes else heard(run.mistakes[:mistakes]),
         "command": f"calm fit --config {shlex.quote(str(run.folder / 'config.yaml'))}",
         "config": (run.folder / "config.yaml").read_text() if run.config else "",
     }
-    page.write_text(render("run.html.j2", **content))
+    write_text(page, render("run.html.j2", **content))
     return page
 
 
@@ -80,28 +87,41 @@ def headline(run: Run) -> str:
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
-def draw(run: Run) -> dict[str, Plot]:
+def draw(run: Run, redraw: bool = True) -> dict[str, Plot]:
     """All plots that the run has data for, written to ``plots/`` and ready for the page."""
-    figures = {}
+    figures: dict[str, Callable[[], Figure]] = {}
     if run.ranking:
-        figures["methods"] = plots.methods(dict(run.ranking), 1 / run.results["num_classes"], run.kept)
+        chance = 1 / run.results["num_classes"]
+        figures["methods"] = partial(plots.methods, dict(run.ranking), chance, run.kept)
     if run.labelled:
-        figures["confusion"] = plots.confusion(run.confusion_CC, run.classes)
-        figures["classes"] = plots.class_accuracy(run.per_class)
-        figures["calibration"] = plots.calibration(run.calibration)
+        figures["confusion"] = partial(plots.confusion, run.confusion_CC, run.classes)
+        figures["classes"] = partial(plots.class_accuracy, run.per_class)
+        figures["calibration"] = partial(plots.calibration, run.calibration)
     if run.weights_KC is not None:
-        figures["heads"] = plots.head_map(run.weights_KC, run.head_sites)
-        figures["heads-by-class"] = plots.class_head_maps(run.weights_KC, run.head_sites, run.classes)
-        figures["head-share"] = plots.head_share(run.weights_KC)
-    if run.specialisation:
+        figures["heads"] = partial(plots.head_map, run.weights_KC, run.head_sites)
+        figures["heads-by-class"] = partial(plots.class_head_maps, run.weights_KC, run.head_sites, run.classes)
+        figures["head-share"] = partial(plots.head_share, run.weights_KC)
+    if run.heads_kept:
+        figures["heads-kept"] = partial(plots.heads_kept, run.heads_kept)
+    if run.specialisation and "ablation" in run.specialisation:
         ablation = run.specialisation["ablation"]
         change_CC = torch.tensor([[ablation[a][c] for c in run.classes] for a in run.classes])
-        figures["ablation"] = plots.ablation(change_CC, run.classes)
-        kept = run.specialisation["accuracy_with_heads_kept"]
-        figures["heads-kept"] = plots.heads_kept({int(count): accuracy for count, accuracy in kept.items()})
+        figures["ablation"] = partial(plots.ablation, change_CC, run.classes)
+    folder = run.folder / "plots"
     return {
-        name: Plot(inline_svg(plots.save(figure, run.folder / "plots", name)), name) for name, figure in figures.items()
-    }
+        name: _drawn(run, name) if not redraw and run.is_of_these_results(folder / f"{name}.svg")
+        else Plot(inline_svg(plots.save(figure(), folder, name)), name)
+        for name, figure in figures.items()
+    }  # fmt: skip
+
+
+def _drawn(run: Run, name: str) -> Plot:
+    return Plot(inline_svg((run.folder / "plots" / f"{name}.svg").read_text()), name)
+
+
+def _sweep_curve(run: Run) -> Plot | None:
+    """Accuracy over shots, where a sweep put it into the run's plots."""
+    return _drawn(run, CURVE) if run.is_of_these_results(run.folder / "plots" / f"{CURVE}.svg") else None
 
 
 def inline_svg(svg: str) -> Markup:
@@ -143,7 +163,7 @@ def heard(mistakes: list[Prediction]) -> list[tuple[Prediction, Sound]]:
     """Mistakes with their sounds, as many as the page has room for."""
     found, left = [], SOUND_BUDGET
     for mistake in mistakes:
-        sound = embed(mistake.path)
+        sound = embed(mistake.path, mistake.start, mistake.end)
         size = len(sound.audio) + len(sound.spectrogram)
         if size > left:
             sound = Sound(problem="left out: the page is full")

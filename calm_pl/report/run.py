@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +27,19 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True)
 class Prediction:
-    """One line of ``predictions.csv``."""
+    """One line of ``predictions.csv``; ``start`` and ``end`` in seconds where the clip is a part of the file."""
 
     path: str
     label: str
     prediction: str
     confidence: float
+    start: float | None = None
+    end: float | None = None
+
+    @classmethod
+    def read(cls, row: Mapping[str, str]) -> Prediction:
+        part = {name: float(row[name]) if row.get(name) else None for name in ("start", "end")}
+        return cls(row["path"], row["label"], row["prediction"], float(row["confidence"]), **part)
 
     @property
     def correct(self) -> bool:
@@ -108,10 +116,7 @@ class Run:
             )
         results = json.loads((folder / "results.json").read_text())
         config = yaml.safe_load(_text(folder / "config.yaml")) or {}
-        predictions = [
-            Prediction(row["path"], row["label"], row["prediction"], float(row["confidence"]))
-            for row in csv.DictReader(_text(folder / "predictions.csv").splitlines())
-        ]
+        predictions = list(map(Prediction.read, csv.DictReader(_text(folder / "predictions.csv").splitlines())))
         classes = sorted({p.label for p in predictions if p.label} | {p.prediction for p in predictions})
         weights_KC = None
         if (folder / "classifier").is_dir():
@@ -175,11 +180,24 @@ class Run:
 
     @cached_property
     def specialisation(self) -> dict[str, Any] | None:
-        """What `calm heads` left in ``heads.json``; None where it was not asked, or asked of earlier results."""
-        file, results = self.folder / "heads.json", self.folder / "results.json"
-        if not file.is_file() or file.stat().st_mtime_ns < results.stat().st_mtime_ns:
-            return None
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
+        """``heads.json``: how few heads are enough, and what `calm heads` found if it was asked of these results."""
+        file = self.folder / "heads.json"
+        return json.loads(file.read_text()) if self.is_of_these_results(file) else None
+
+    def is_of_these_results(self, file: Path) -> bool:
+        """Whether a file is there and was made after ``results.json``, and not for the results of an earlier run."""
+        return file.is_file() and file.stat().st_mtime_ns >= (self.folder / "results.json").stat().st_mtime_ns
+
+    @property
+    def heads_kept(self) -> dict[int, float]:
+        """Number of heads kept -> accuracy; empty where it was not measured."""
+        kept = (self.specialisation or {}).get("accuracy_with_heads_kept", {})
+        return {int(count): accuracy for count, accuracy in kept.items()}
+
+    def enough_heads(self, share: float = 0.9) -> int:
+        """The fewest heads, of the counts in `heads_kept`, that reach a share of the accuracy of all."""
+        kept = self.heads_kept
+        return min(count for count, accuracy in kept.items() if accuracy >= share * kept[max(kept)])
 
     @property
     def head_sites(self) -> dict[str, int]:

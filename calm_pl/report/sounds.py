@@ -31,10 +31,10 @@ class Sound:
     problem: str = ""
 
 
-def embed(path: str) -> Sound:
-    """Read a clip for a page; one that cannot be read any more comes back with its ``problem``."""
+def embed(path: str, start: float | None = None, end: float | None = None) -> Sound:
+    """Read a clip for a page, a part of a file by its seconds; what cannot be read comes back with its ``problem``."""
     try:
-        wave_T = load_audio(path, RATE, max_seconds=SECONDS)
+        wave_T = load_audio(path, RATE, start, end, SECONDS)
     except AudioError as error:
         return Sound(problem=error.reason)
     return Sound(_uri("audio/flac", _flac(wave_T)), _uri("image/png", _spectrogram(wave_T)), len(wave_T) / RATE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import yaml
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
 from calm_pl.audio import AudioError, load_audio
+from calm_pl.progress import is_quiet
 from calm_pl.training.module import CalmModule
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from calm_pl.report.run import Run
 
-SECONDS_TO_CONNECT = 30.0
 AUDIO_RATE = 16_000
 AUDIO_SECONDS = 5.0
 
@@ -36,7 +36,9 @@ class RunLogger(WandbLogger):
         project: W&B's project.
         name: the run's name there; null lets W&B choose.
         save_dir: where W&B keeps its files; empty is the run folder on the command line, else here.
-        offline: keep everything here; `wandb sync` sends it later. WANDB_MODE=offline does the same.
+        mode: ``online``, ``offline`` (everything stays here; `wandb sync` sends it later) or ``disabled``. The
+            environment's WANDB_MODE goes before it.
+        seconds_to_connect: how long W&B's server is waited for before the run goes on offline.
         mistakes: recordings of how many of the most confident mistakes are sent; 0 keeps all audio here.
         classifier: send the classifier as an artifact.
         **kwargs: further arguments of `wandb.init`.
@@ -47,17 +49,24 @@ class RunLogger(WandbLogger):
         project: str = "calm-pl",
         name: str | None = None,
         save_dir: str = "",
-        offline: bool = False,
+        mode: Literal["online", "offline", "disabled"] = "online",
+        seconds_to_connect: float = 30.0,
         mistakes: int = 8,
         classifier: bool = True,
         **kwargs: Any,
     ) -> None:
         import wandb
 
-        settings = wandb.Settings(init_timeout=SECONDS_TO_CONNECT)
-        super().__init__(
-            name=name, save_dir=save_dir or ".", offline=offline, project=project, settings=settings, **kwargs
+        # What was not asked for stays here: the state of a git repository, code, the screen, installed packages.
+        settings = wandb.Settings(
+            init_timeout=seconds_to_connect,
+            disable_git=True,
+            disable_code=True,
+            console="off",
+            x_save_requirements=False,
+            silent=is_quiet(),
         )
+        super().__init__(name=name, save_dir=save_dir or ".", project=project, mode=mode, settings=settings, **kwargs)
         self.mistakes = mistakes
         self.classifier = classifier
 
@@ -71,6 +80,8 @@ class RunLogger(WandbLogger):
             return super().experiment
         except (UsageError, CommError) as error:
             reason = str(error).strip().splitlines()[0]
+            if isinstance(error, CommError):
+                reason = f"no connection to its server ({reason})"
             print(
                 f"W&B: {reason}\nThis run is logged offline: `wandb login`, then `wandb sync`, sends it.",
                 file=sys.stderr,
@@ -136,7 +147,8 @@ def _mistakes_table(run: Run, count: int) -> wandb.Table:
     table = wandb.Table(columns=["audio", "label", "prediction", "confidence", "path"])
     for mistake in run.mistakes[:count]:
         try:
-            wave_T = load_audio(mistake.path, AUDIO_RATE, max_seconds=AUDIO_SECONDS).clamp(-1, 1)
+            part = (mistake.start, mistake.end, AUDIO_SECONDS)
+            wave_T = load_audio(mistake.path, AUDIO_RATE, *part).clamp(-1, 1)
             audio = wandb.Audio(wave_T.numpy(), sample_rate=AUDIO_RATE, caption=Path(mistake.path).name)
         except AudioError:
             audio = None

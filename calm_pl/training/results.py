@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,25 +21,33 @@ PERCENT = ("accuracy", "macro_f1", "ece")
 WITH_INTERVAL = ("accuracy", "macro_f1")  # the others' are in results.json; a terminal is 80 columns wide
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write whole or not at all: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    scratch.write_text(text)
     scratch.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str], probabilities_NC: Tensor) -> None:
-    """Write ``path,label,prediction,confidence``, one line a clip, in the clips' order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write ``path,label,prediction,confidence``, one line a clip, in the clips' order.
+
+    Where clips are parts of files, ``start,end`` (seconds) come after.
+    """
     confidence_N, prediction_N = probabilities_NC.max(1)
-    with scratch.open("w", newline="") as file:
+    with io.StringIO(newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "label", "prediction", "confidence"])
+        parts = any(clip.start is not None or clip.end is not None for clip in clips)
+        writer.writerow(["path", "label", "prediction", "confidence", *(["start", "end"] if parts else [])])
         for clip, prediction, confidence in zip(clips, prediction_N.tolist(), confidence_N.tolist(), strict=True):
-            writer.writerow([clip.audio, "|".join(clip.labels), classes[prediction], f"{confidence:.6f}"])
-    scratch.replace(path)
+            part = [clip.start, clip.end] if parts else []
+            writer.writerow([clip.audio, "|".join(clip.labels), classes[prediction], f"{confidence:.6f}", *part])
+        write_text(path, file.getvalue())
 
 
 def results_table(results: Mapping[str, Any], clips: int, part: str = "test") -> Table:

@@ -16,9 +16,8 @@ from calm_pl.training.results import write_json, write_predictions
 class RunFolder(Callback):
     """Writes what people and programs want of a run into the Trainer's ``default_root_dir``, on rank 0.
 
-    ``fit`` leaves ``choices.json`` and ``classifier/``; ``test`` leaves ``results.json``, ``predictions.csv``,
-    ``report.html`` and ``plots/``;
-    ``predict`` leaves ``predictions.csv``.
+    ``fit`` leaves ``choices.json`` and ``classifier/``; ``test`` leaves ``results.json``, ``heads.json``,
+    ``predictions.csv``, ``report.html`` and ``plots/``; ``predict`` leaves ``predictions.csv``.
     """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -36,10 +35,13 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             from calm_pl.report.page import write_report
             from calm_pl.report.run import head_sites
+            from calm_pl.report.specialisation import heads_kept
 
             folder = Path(trainer.default_root_dir)
             results["head_sites"] = head_sites(pl_module.data.heads.head_names or ())
             write_json(folder / "results.json", results)
+            if kept := heads_kept(pl_module):
+                write_json(folder / "heads.json", kept)
             say("writing the report")
             write_report(folder)
 
