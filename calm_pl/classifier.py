@@ -23,6 +23,7 @@ from calm_pl.backbone.lalm import ClipLike, FrozenLALM
 from calm_pl.backbone.named import named_backbone
 from calm_pl.backbone.spec import Backbone
 from calm_pl.methods.base import HeadClassifier
+from calm_pl.methods.metric_space import Whitened
 
 CONFIG_FILE = "classifier.json"
 WEIGHTS_FILE = "classifier.safetensors"
@@ -123,6 +124,23 @@ class CalmClassifier:
         """The most probable class of each clip. Raises AudioError."""
         return [self.classes[i] for i in self.predict_proba(files, batch_size).argmax(1).tolist()]
 
+    def threshold(self, coverage: float) -> float:
+        """The confidence that this share of the support clips reached when they were left out.
+
+        A clip whose greatest probability in :meth:`predict_proba` is below it may be none of the classes.
+
+        Raises:
+            ValueError: the method keeps no such figure for this coverage; the message tells for which it does.
+        """
+        rows = self.method.choices().get("calibration", {}).get("unknown_thresholds", [])
+        for row in rows:
+            if row["coverage"] == coverage:
+                return float(row["threshold"])
+        known = (
+            ", ".join(f"{row['coverage']:g}" for row in rows) or "none: nothing could be left out of its support set"
+        )
+        raise ValueError(f"coverage={coverage:g}: this classifier knows the confidence for a coverage of {known}.")
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``classifier.json`` and ``classifier.safetensors``; the backbone stays where it is."""
         backbone = self._fitted()
@@ -134,7 +152,8 @@ class CalmClassifier:
         config = {
             "format": FORMAT,
             "classes": self.classes,
-            "method": f"{type(self.method).__module__}.{type(self.method).__qualname__}",
+            "method": _class_path(self.method),
+            "whitened": _class_path(self.method.method) if isinstance(self.method, Whitened) else None,
             "backbone": asdict(backbone),
             "backbone_files": self.fingerprint,
             "dtype": self.dtype,
@@ -172,7 +191,8 @@ class CalmClassifier:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
         if config.get("format") != FORMAT:
             raise ValueError(f"{folder / CONFIG_FILE} has format {config.get('format')}; this version reads {FORMAT}.")
-        method = _method_class(config["method"])()
+        whitened = config.get("whitened")
+        method = Whitened(_method_class(whitened)()) if whitened else _method_class(config["method"])()
         method.load_state_dict(load_file(folder / WEIGHTS_FILE))
         classifier = cls(method, device)
         classifier.classes = config["classes"]
@@ -207,6 +227,10 @@ def _check_same_backbone(fitted_on: dict[str, str], backbone: Backbone) -> None:
             f"the backbone {backbone.path} is not the one this classifier was fitted on: {', '.join(different)} "
             "differ. Give the folder or revision that it was fitted on, or fit it again."
         )
+
+
+def _class_path(method: HeadClassifier) -> str:
+    return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
 def _method_class(class_path: str) -> type[HeadClassifier]:

@@ -14,6 +14,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.baselines import SAV
 from calm_pl.cli import main
+from calm_pl.methods.metric_space import Whitened
 from tests.conftest import tone
 
 
@@ -49,6 +50,27 @@ def test_any_method_can_be_the_classifier(labelled, tiny_lalm, tmp_path):
     voting = CalmClassifier(SAV(num_heads=5)).fit(*labelled, backbone=tiny_lalm)
     voting.save_pretrained(tmp_path)
     assert CalmClassifier.from_pretrained(tmp_path).predict(labelled[0]) == voting.predict(labelled[0])
+
+
+def test_a_baseline_in_the_metric_can_be_the_classifier(labelled, tiny_lalm, tmp_path):
+    voting = CalmClassifier(Whitened(SAV(num_heads=5))).fit(*labelled, backbone=tiny_lalm)
+    voting.save_pretrained(tmp_path)
+    loaded = CalmClassifier.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.predict_proba(labelled[0]), voting.predict_proba(labelled[0]))
+
+
+def test_a_coverage_has_a_confidence_below_which_a_clip_is_unknown(classifier, labelled, tmp_path, capsys):
+    assert classifier.threshold(0.5) >= classifier.threshold(0.9) >= classifier.threshold(1.0)
+    with pytest.raises(ValueError, match=r"coverage=0\.42.*0\.95"):
+        classifier.threshold(0.42)
+    classifier.save_pretrained(tmp_path)
+    files = [str(file) for file in labelled[0]]
+    assert main(["classify", str(tmp_path), "--coverage", "0.5", *files]) == 0
+    rows = [line.rsplit(",", 2) for line in capsys.readouterr().out.splitlines()[1:]]
+    unknown = [float(confidence) for _, name, confidence in rows if name == "unknown"]
+    known = [float(confidence) for _, name, confidence in rows if name != "unknown"]
+    assert not unknown or max(unknown) <= classifier.threshold(0.5) + 1e-4
+    assert min(known) >= classifier.threshold(0.5) - 1e-4
 
 
 def test_another_backbone_is_refused(classifier, labelled, tiny_lalm, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from calm_pl import functional as F
+from calm_pl.baselines import GRW, SAV, KNearest, LinearProbe, MeanOfHeads, NearestPrototype
 from calm_pl.functional import HeadMetric
 from calm_pl.methods.calibration import best_temperature, calibrate, temper
 from calm_pl.methods.calm import Calm
@@ -18,6 +19,7 @@ from calm_pl.methods.compare import Fold, Row, compare, paired_differences, t_qu
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.metric_space import Whitened
 from calm_pl.methods.selection import Grid, best_of, judge_all
 from calm_pl.methods.trust import Tried, Trust, choose
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty
@@ -303,7 +305,9 @@ def test_paired_differences_take_seeds_as_observations():
     assert found.mean == pytest.approx(0.115)
     assert found.draws == 8
     assert found.high - found.mean == pytest.approx(3.182 * 0.0129099 / 2, rel=0.01)
-    assert t_quantile(19) == pytest.approx(2.093, abs=1e-3)
+    # Student's own table
+    for freedom, expected in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (19, 2.0930), (99, 1.9842)):
+        assert t_quantile(freedom) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -317,3 +321,50 @@ def test_paired_differences_take_seeds_as_observations():
 def test_settings_that_make_no_sense_are_refused(make, argument):
     with pytest.raises(ValueError, match=argument):
         make()
+
+
+@pytest.mark.parametrize("method", [SAV, GRW, KNearest, MeanOfHeads, lambda: NearestPrototype(2), LinearProbe])
+def test_every_method_works_in_the_metric(method):
+    heads, labels = make_set(6, noise=1.5)
+    queries, truth = make_set(20, noise=1.5, seed=9)
+    fitted = Whitened(method()).fit(heads, labels, 4)
+    loaded = Whitened(method())
+    loaded.load_state_dict(fitted.state_dict())
+    assert_close(loaded(queries), fitted(queries))
+    assert (fitted(queries).argmax(1) == truth).float().mean() > 0.4
+    assert fitted.choices()["metric_shrinkage"] in (0.03, 0.1, 0.3, 1.0)
+
+
+def test_the_metric_takes_out_what_varies_in_every_class():
+    heads, labels = make_set(8)
+    queries, truth = make_set(20, seed=9)
+    loud = torch.zeros(heads.shape[-1]).index_fill(0, torch.tensor([0]), 30.0)
+    noisy = [
+        x + loud * torch.randn(*x.shape[:2], 1, generator=torch.Generator().manual_seed(3)) for x in (heads, queries)
+    ]
+    accuracy = [
+        (method.fit(noisy[0], labels, 4)(noisy[1]).argmax(1) == truth).float().mean()
+        for method in (MeanOfHeads(), Whitened(MeanOfHeads()))
+    ]
+    assert accuracy[1] > accuracy[0] + 0.2
+
+
+def test_learning_beats_the_start_where_classes_need_different_heads():
+    """Heads c and c + 4 hear class c whenever it sounds; of all else they say what comes to their mind."""
+
+    def draw(shots, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(4).repeat(shots)
+        said = torch.randint(4, (len(labels), 8), generator=generator)
+        knows = torch.arange(8) % 4 == labels[:, None]
+        said = torch.where(knows, labels[:, None], said)
+        return torch.eye(4)[said] + 0.1 * torch.randn(len(labels), 8, 4, generator=generator), labels
+
+    heads, labels = draw(40, 0)
+    queries, truth = draw(100, 1)
+    likelihoods = {}
+    for name, method in {"start": LearnedWeights(steps=0), "learned": LearnedWeights()}.items():
+        probabilities = method.fit(heads, labels, 4)(queries)
+        likelihoods[name] = -probabilities[torch.arange(len(truth)), truth].log().mean()
+    assert method.choices()["steps"] > 0
+    assert likelihoods["learned"] < 0.8 * likelihoods["start"]

@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     files = list(_audio_files(options.files, EXTENSIONS))
     try:
         classifier = CalmClassifier.from_pretrained(options.classifier, options.backbone, options.device)
+        threshold = 0.0 if options.coverage is None else classifier.threshold(options.coverage)
         classifier.lalm  # noqa: B018  # loaded here, so that a wrong backbone is told before any file
     except (BackboneError, FileNotFoundError, ValueError) as error:
         sys.exit(f"calm: error: {error}")
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
                 batch = [file for file in batch if os.path.abspath(file) != error.path]
                 continue
             for file, prediction, confidence in zip(batch, prediction_N.tolist(), confidence_N.tolist(), strict=True):
-                writer.writerow([file, classifier.classes[prediction], f"{confidence:.4f}"])
+                name = classifier.classes[prediction] if confidence >= threshold else "unknown"
+                writer.writerow([file, name, f"{confidence:.4f}"])
             sys.stdout.flush()
             break
     return 1 if unusable else 0
@@ -61,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("classifier", help="run folder, folder written by save_pretrained, or hub id")
     parser.add_argument("files", nargs="+", type=Path, help="audio files, or folders of them")
     parser.add_argument("--backbone", help="where the backbone lies here, if not where it lay when fitting")
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        help="say 'unknown' below the confidence that this share (0.95, 0.9, 0.8, 0.7, 0.5) of the labelled clips "
+        "reached when they were left out; default: always a class",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, default=8, help="clips in one pass (default: 8)")
     return parser

@@ -75,5 +75,5 @@ def coverage_table(probabilities_NC: Tensor, labels_N: Tensor) -> list[dict[str,
         kept = order_N[: max(1, round(coverage * len(order_N)))]
         accuracy = (guess_N[kept] == labels_N[kept]).float().mean()
         threshold = float(confidence_N[kept[-1]])
-        rows.append({"threshold": threshold, "coverage": len(kept) / len(order_N), "accuracy": float(accuracy)})
+        rows.append({"threshold": threshold, "coverage": coverage, "accuracy": float(accuracy)})
     return rows

@@ -18,7 +18,7 @@ from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import check_support
 from calm_pl.methods.calibration import calibrate, temper
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import CENTRE, MetricSpace, directions
+from calm_pl.methods.metric_space import CENTRE, SHRINKAGES, MetricSpace, directions
 from calm_pl.methods.selection import Formula, Grid, best_of, judge_all
 
 # Where no class has two clips nothing can be left out, hence nothing chosen.
@@ -100,9 +100,6 @@ class Calm(MetricSpace):
         choices = self.choices()
         scores_NC = self.vote(queries_NKD, self.weights_KC, choices["tau"])
         return temper(scores_NC, choices["calibration"]["temperature"])
-
-
-SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
 
 
 def formula_weights(

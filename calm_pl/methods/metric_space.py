@@ -10,15 +10,22 @@ Shapes: N clips, K heads, D head dimension, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from calm_pl import functional as F
 from calm_pl.functional.heads import CHUNK_ELEMENTS, chunks, default_chunk_size, unit
 from calm_pl.functional.metric import HeadMetric
-from calm_pl.methods.base import HeadClassifier
+from calm_pl.methods.base import HeadClassifier, check_support
+from calm_pl.methods.calibration import best_temperature
+from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.selection import judged_clips
 
 CENTRE = 0.5
+SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
 
 
 def directions(heads_NKD: Tensor) -> Tensor:
@@ -55,3 +62,55 @@ class MetricSpace(HeadClassifier):
                 heads_NKD = F.whiten(directions(heads_NKD), self.mean_KD, self.transform_KDD)
             scores.append(F.vote(heads_NKD, self.prototypes_CKD, weights_KC, tau))
         return torch.cat(scores)
+
+
+class Whitened(HeadClassifier):
+    """Any method in the within-head metric: heads are moved into it first, and the method sees nothing else.
+
+    Args:
+        method: the method, for instance a baseline.
+        shrinkage: g, a number or "ledoit_wolf" or "oas"; None chooses it by the calibrated leave-one-out likelihood
+            of all heads voting alike.
+        centre: as a share of the mean of the prototypes.
+        tau: temperature of those votes.
+    """
+
+    mean_KD: Tensor
+    transform_KDD: Tensor
+
+    def __init__(
+        self, method: HeadClassifier, shrinkage: float | str | None = None, centre: float = CENTRE, tau: float = 0.15
+    ) -> None:
+        super().__init__()
+        self.method, self.shrinkage, self.centre, self.tau = method, shrinkage, centre, tau
+
+    def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
+        check_support(heads_NKD, labels_N, num_classes)
+        heads_NKD = directions(heads_NKD)
+        metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes, self.centre)
+        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
+        shrinkage = self._choose(left_out) if self.shrinkage is None else self.shrinkage
+        self.keep({"metric_shrinkage": shrinkage}, mean_KD=metric.mean_KD, transform_KDD=metric.transform(shrinkage))
+        self.method.fit(F.whiten(heads_NKD, self.mean_KD, self.transform_KDD), labels_N, num_classes)
+        return self
+
+    def _choose(self, left_out: LeaveOneOut) -> float:
+        num_heads = len(left_out.prototypes_KCD)
+        clips = judged_clips(left_out.labels_N, num_heads * left_out.num_classes)
+
+        def nll(shrinkage: float) -> float:
+            scores_NC = torch.softmax(left_out.cosines(shrinkage, clips) / self.tau, -1).mean(1)
+            return best_temperature(scores_NC, left_out.labels_N[clips])[1]
+
+        return min(SHRINKAGES, key=nll) if len(clips) else 1.0
+
+    def choices(self) -> dict[str, Any]:
+        return {**super().choices(), **self.method.choices()}
+
+    def forward(self, queries_NKD: Tensor) -> Tensor:
+        """The method's probabilities (N, C)."""
+        parts = [
+            self.method(F.whiten(directions(queries_NKD[chunk]), self.mean_KD, self.transform_KDD))
+            for chunk in chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:]))
+        ]
+        return torch.cat(parts)
