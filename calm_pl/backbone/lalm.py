@@ -53,6 +53,9 @@ class FrozenLALM:
         pooling: str = "last",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        # VibeVoice adds noise to what it hears unless told otherwise; a clip shall have one head output.
+        if noisy := getattr(model.config, "acoustic_tokenizer_encoder_config", None):
+            noisy.vae_std = 0.0
         self.processor = processor
         self.pooling = Pooling.parse(pooling)
         if heads != "decoder" and not processor.content.hears:

@@ -24,6 +24,7 @@ MASKING_ENCODERS = (
     "qwen2_5_omni_audio_encoder",
     "qwen3_omni_moe_audio_encoder",
 )
+PIECEWISE_ENCODERS = ("qwen3_omni_moe_audio_encoder", "qwen3_asr_encoder")
 # Mel frames kept behind the longest clip: the STFT window and the two convolutions look this far ahead.
 MARGIN_FRAMES = 8
 # Convolutions and pooling shorten four mel frames to one audio token.
@@ -46,8 +47,8 @@ def mixes_from(config: PreTrainedConfig, extractor: Any) -> float:
     if not hasattr(extractor, "n_samples"):
         return math.inf
     audio = getattr(getattr(config, "thinker_config", config), "audio_config", None)
-    if audio is not None and audio.model_type == "qwen3_omni_moe_audio_encoder":
-        # It pads a clip's pieces of 2 * n_window frames to the longest piece of the batch, and convolves over that.
+    if audio is not None and audio.model_type in PIECEWISE_ENCODERS:
+        # They pad a clip's pieces of 2 * n_window frames to the longest piece of the batch, and convolve over that.
         return float(2 * audio.n_window * extractor.hop_length)
     return 0
 

@@ -1,93 +1,15 @@
-"""One small random-weight checkpoint a model family, written as a user's would be; built for the conformance test."""
+"""Families that also see."""
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers as tf
 
 from calm_pl.backbone.random_checkpoint import byte_tokenizer
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'audio' %}AUDIO{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QWEN2 = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 2048,
-}
-WHISPER = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "num_mel_bins": 32,
-    "max_source_positions": 100,
-}
-VISION = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the conformance test must find in a family's checkpoint.
-
-    Attributes:
-        write: writes the checkpoint into a folder.
-        decoder: layers, heads a layer, head dimension.
-        encoder: the same of the audio encoder.
-        layers_at: path of the decoder's layers in the model that is loaded.
-        asks: a piece of the rendered prompt that only the family's own template writes.
-        needs: packages that its processor or model cannot do without.
-        sees: whether it takes pictures too.
-    """
-
-    write: Callable[[Path], None]
-    decoder: tuple[int, int, int]
-    encoder: tuple[int, int, int] = (2, 2, 16)
-    layers_at: str = "model.language_model.layers"
-    asks: str = "<|im_start|>assistant\n"
-    needs: tuple[str, ...] = ()
-    sees: bool = False
-
-
-def mel(chunk_length: int = 2) -> tf.WhisperFeatureExtractor:
-    return tf.WhisperFeatureExtractor(feature_size=32, chunk_length=chunk_length)
-
-
-def save(folder: Path, model_class: type, config: Any, processor: Any, template: str | None = None) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = model_class(config)
-        # Fresh initialisation is so small that nothing in the model would notice the audio.
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1 and "embed" not in name:
-                torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
-        model.save_pretrained(folder)
-    if template is not None:
-        processor.chat_template = template
-    processor.save_pretrained(folder)
-
-
-def qwen2_audio(folder: Path) -> None:
-    tokenizer = byte_tokenizer(["<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"])
-    config = tf.Qwen2AudioConfig(
-        audio_config={"model_type": "qwen2_audio_encoder", **WHISPER},
-        text_config={"model_type": "qwen2", "vocab_size": len(tokenizer), **QWEN2},
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-    )
-    processor = tf.Qwen2AudioProcessor(feature_extractor=mel(), tokenizer=tokenizer)
-    save(folder, tf.Qwen2AudioForConditionalGeneration, config, processor, processor.default_chat_template)
+from tests.families.base import CHATML, QWEN2, VISION, WHISPER, mel, save
 
 
 def omni_tokenizer() -> Any:
@@ -169,77 +91,6 @@ def qwen3_omni(folder: Path) -> None:
     save(folder, tf.Qwen3OmniMoeForConditionalGeneration, config, processor, OMNI_TEMPLATE)
 
 
-def flamingo(kind: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        tokenizer = byte_tokenizer(["<|im_start|>", "<sound>", "<|sound_bos|>", "<|sound_eos|>"])
-        tokens = {"audio_token_id": "<sound>"}
-        if kind == "MusicFlamingo":
-            tokens |= {"audio_bos_token_id": "<|sound_bos|>", "audio_eos_token_id": "<|sound_eos|>"}
-        config = getattr(tf, f"{kind}Config")(
-            audio_config={"model_type": "audioflamingo3_encoder", **WHISPER},
-            text_config={"model_type": "qwen2", "vocab_size": len(tokenizer), **QWEN2},
-            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()},
-        )
-        processor = getattr(tf, f"{kind}Processor")(feature_extractor=mel(), tokenizer=tokenizer)
-        model_class = getattr(tf, f"{kind}ForConditionalGeneration")
-        save(folder, model_class, config, processor, CHATML.replace("AUDIO", "<sound>"))
-
-    return write
-
-
-def glm_asr(folder: Path) -> None:
-    tokenizer = byte_tokenizer(["<|im_start|>", "<|pad|>"])
-    config = tf.GlmAsrConfig(
-        audio_config={
-            "model_type": "glmasr_encoder",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 128,
-            "num_mel_bins": 32,
-        },
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **QWEN2},
-        audio_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
-    )
-    processor = tf.GlmAsrProcessor(feature_extractor=mel(), tokenizer=tokenizer)
-    save(folder, tf.GlmAsrForConditionalGeneration, config, processor, CHATML.replace("AUDIO", "<|pad|>"))
-
-
-def granite_speech(folder: Path) -> None:
-    """Its template lives with the tokenizer and takes text alone, with the audio token written into it."""
-    tokenizer = byte_tokenizer(["<|im_start|>"], audio_token="<|audio|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}<|end_of_text|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
-    )
-    config = tf.GraniteSpeechConfig(
-        text_config={"model_type": "granite", "vocab_size": len(tokenizer), **QWEN2},
-        encoder_config={
-            "input_dim": 160,
-            "num_layers": 2,
-            "hidden_dim": 32,
-            "num_heads": 2,
-            "feedforward_mult": 2,
-            "output_dim": 8,
-            "context_size": 20,
-            "max_pos_emb": 32,
-            "conv_kernel_size": 5,
-        },
-        projector_config={
-            "model_type": "blip_2_qformer",
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "encoder_hidden_size": 32,
-        },
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|audio|>"),
-        has_lora_adapter=False,
-    )
-    processor = tf.GraniteSpeechProcessor(tf.GraniteSpeechFeatureExtractor(), tokenizer)
-    save(folder, tf.GraniteSpeechForConditionalGeneration, config, processor)
-
-
 def phi4(folder: Path) -> None:
     """Fused query, key and value projections."""
     tokenizer = byte_tokenizer(["<|im_start|>"], image_token="<|image|>", audio_token="<|audio|>")
@@ -261,6 +112,7 @@ def phi4(folder: Path) -> None:
 PHI_TEMPLATE = CHATML.replace("AUDIO", "<|audio|>").replace(
     "{% elif", "{% elif c['type'] == 'image' %}<|image|>{% elif"
 )
+GEMMA_TURN = "<start_of_turn>model\n"
 GEMMA_TEMPLATE = (
     "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
     "{% if c['type'] == 'audio' %}<audio_soft_token>{% elif c['type'] == 'image' %}<image_soft_token>"
@@ -340,44 +192,21 @@ def gemma4(folder: Path) -> None:
     save(folder, tf.Gemma4ForConditionalGeneration, config, processor, GEMMA_TEMPLATE)
 
 
-def voxtral(folder: Path) -> None:
-    """A tokenizer of mistral-common, which makes the prompt and takes the audio by itself."""
-    controls = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-                "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
-                "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
-                *[f"<SPECIAL_{i}>" for i in range(20, 24)], "[AUDIO]", "[BEGIN_AUDIO]",
-                *[f"<SPECIAL_{i}>" for i in range(26, 34)], "[TRANSCRIBE]"]  # fmt: skip
-    tekken = {
-        "config": {"pattern": ".", "num_vocab_tokens": 256, "default_vocab_size": 256 + len(controls),
-                   "default_num_special_tokens": len(controls), "version": "v7"},
-        "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
-                  for i in range(256)],
-        "special_tokens": [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(controls)],
-        "audio": {"sampling_rate": 16000, "frame_rate": 12.5,
-                  "audio_encoding_config": {"num_mel_bins": 32, "hop_length": 160, "window_size": 400},
-                  "chunk_length_s": 30.0},
-    }  # fmt: skip
-    folder.mkdir(exist_ok=True, parents=True)
-    (folder / "tekken.json").write_text(json.dumps(tekken))
-    tokenizer = tf.MistralCommonBackend.from_pretrained(folder)
-    config = tf.VoxtralConfig(
-        audio_config=WHISPER | {"encoder_ffn_dim": 128, "max_source_positions": 1500},
-        text_config={"model_type": "llama", "vocab_size": 256 + len(controls), "head_dim": 16, **QWEN2},
-        audio_token_id=24,
-    )
-    save(folder, tf.VoxtralForConditionalGeneration, config, tf.VoxtralProcessor(mel(30), tokenizer))
-
-
-FAMILIES = {
-    "qwen2-audio": Family(qwen2_audio, (3, 4, 8)),
-    "qwen2.5-omni": Family(qwen25_omni, (3, 4, 8), needs=("torchvision",), sees=True),
-    "qwen3-omni-moe": Family(qwen3_omni, (3, 4, 16), needs=("torchvision",), sees=True),
-    "audio-flamingo-3": Family(flamingo("AudioFlamingo3"), (3, 4, 8)),
-    "music-flamingo": Family(flamingo("MusicFlamingo"), (3, 4, 8)),
-    "voxtral": Family(voxtral, (3, 4, 16), asks="[/INST]", needs=("mistral_common",)),
-    "glm-asr": Family(glm_asr, (3, 4, 8)),
-    "granite-speech": Family(granite_speech, (3, 4, 8), asks="<|start_of_role|>assistant<|end_of_role|>"),
-    "phi-4-multimodal": Family(phi4, (3, 4, 8), layers_at="model.layers", needs=("torchvision",), sees=True),
-    "gemma-3n": Family(gemma3n, (5, 2, 16), asks="<start_of_turn>model\n", needs=("torchvision", "timm"), sees=True),
-    "gemma-4": Family(gemma4, (4, 2, 32), asks="<start_of_turn>model\n", needs=("torchvision",), sees=True),
-}
+def gemma4_unified(folder: Path) -> None:
+    """No encoders: pieces of sound and pictures go straight into the decoder."""
+    tokenizer = gemma_tokenizer()
+    config = tf.Gemma4UnifiedConfig(
+        text_config={**{name: value for name, value in GEMMA_TEXT.items() if name != "hidden_size_per_layer_input"},
+                     "num_hidden_layers": 4, "global_head_dim": 32, "vocab_size": len(tokenizer) + 1,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2},
+        audio_config={},
+        vision_config={"mm_embed_dim": 32, "output_proj_dims": 32, "mm_posemb_size": 64},
+        **{name: value for name, value in gemma_tokens(tokenizer).items() if not name.startswith("eoa")},
+        eoa_token_index=tokenizer.eoa_token_id,
+        video_token_id=len(tokenizer),
+    )  # fmt: skip
+    processor = tf.Gemma4UnifiedProcessor(
+        tf.Gemma4UnifiedAudioFeatureExtractor(), tf.Gemma4UnifiedImageProcessor(), tokenizer,
+        tf.Gemma4UnifiedVideoProcessor(),
+    )  # fmt: skip
+    save(folder, tf.Gemma4UnifiedForConditionalGeneration, config, processor, GEMMA_TEMPLATE)
