@@ -6,7 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers import GraniteSpeechConfig
 
+from calm_pl.backbone import config, placement
 from calm_pl.backbone.answers import generate_answers, leading_letter, letter_log_likelihoods, named_labels
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
@@ -111,6 +113,16 @@ def test_an_adapter_changes_the_heads_and_the_store(tiny_lalm, lalm, clips, tmp_
     assert backbone.store_key() != Backbone(tiny_lalm).store_key()
     with pytest.raises(BackboneError, match="no adapter_config.json"):
         Backbone(tiny_lalm, adapter=str(tmp_path)).load()
+
+
+def test_without_peft_an_adapter_is_refused_and_the_package_named(tiny_lalm, tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match="adapter needs the package peft: pip install peft"):
+        FrozenLALM.from_pretrained(tiny_lalm, adapter=str(tmp_path))
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match="some/granite comes with a low-rank adapter, which needs peft"):
+        config.model_class_of(GraniteSpeechConfig(has_lora_adapter=True), "some/granite")
 
 
 # Asked in words

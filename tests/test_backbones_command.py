@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
+import transformers
 
-from calm_pl.backbone.catalogue import CATALOGUE
+from calm_pl.backbone.catalogue import CATALOGUE, FAMILIES
 from calm_pl.backbone.inspection import inspect_checkpoint
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.named import named_backbone
+from calm_pl.backbone.structure import find_head_sites
 from calm_pl.cli import main
 from calm_pl.conf import config_names
 from tests.conftest import ROOT
+from tests.families import FAMILIES as CONFORMING
 
 
 def test_the_list_has_every_named_backbone(capsys, monkeypatch):
@@ -21,8 +25,10 @@ def test_the_list_has_every_named_backbone(capsys, monkeypatch):
     shown = capsys.readouterr().out
     named = set(config_names("backbone")) - {"random-qwen2-audio"}
     assert set(CATALOGUE) == named
-    assert all(name in shown for name in named)
+    assert all(name in shown for name in named) and all(name in shown for name in FAMILIES)
     documented = (ROOT / "docs" / "reference" / "backbones.md").read_text()
+    assert all(f"`{name}`" in documented and hub_id in documented for name, hub_id in FAMILIES.items())
+    assert set(FAMILIES) == {*CONFORMING, "whisper"}
     for name, known in CATALOGUE.items():
         assert known.hub_id == named_backbone(name).path or name == "calm-tiny"
         assert f"| {name} | {known.hub_id} | {known.layers} x {known.heads} x {known.head_dim} |" in documented
@@ -33,6 +39,26 @@ def test_the_lists_sizes_are_those_of_the_shipped_model():
     assert found.decoder.startswith(f"{known.layers} layers x {known.heads} heads x {known.head_dim}")
     assert (found.max_seconds, found.sampling_rate) == (known.max_seconds, known.sampling_rate)
     assert found.bf16_gb == pytest.approx(known.bf16_gb, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class", "config"),
+    [
+        ("voxtral-mini", transformers.VoxtralForConditionalGeneration, transformers.VoxtralConfig()),
+        ("whisper-large-v3", transformers.WhisperForConditionalGeneration, transformers.WhisperConfig(
+            d_model=1280, encoder_layers=32, decoder_layers=32, encoder_attention_heads=20, decoder_attention_heads=20,
+            encoder_ffn_dim=5120, decoder_ffn_dim=5120, num_mel_bins=128, vocab_size=51866,
+        )),
+    ],
+)  # fmt: skip
+def test_exact_sizes_are_those_of_a_model_built_from_its_config(name, model_class, config):
+    known = CATALOGUE[name]
+    with torch.device("meta"):
+        model = model_class(config)
+    assert known.exact and sum(w.numel() for w in model.parameters()) / 1e9 == pytest.approx(known.billions, rel=0.01)
+    sites = find_head_sites(model)
+    assert len({site.layer for site in sites}) == known.layers and sites[0].head_dim == known.head_dim
+    assert sum(site.num_heads for site in sites) == known.layers * known.heads
 
 
 def test_inspecting_needs_no_weights_and_finds_what_loading_finds(tiny_lalm, tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from calm_pl.backbone.answers import generate_answers, label_log_likelihoods
+from calm_pl.backbone.config import UNSERVED, model_class_of
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.structure import find_head_sites
@@ -104,7 +105,7 @@ def test_a_cut_window_and_an_early_exit_change_nothing(built, clips):
 def test_bfloat16_is_close(built, clips):
     half = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, dtype="bfloat16")
     cosine_NK = torch.cosine_similarity(half.head_outputs(clips), built.lalm.head_outputs(clips), dim=-1)
-    assert cosine_NK.median() > 0.99  # the median: a mixture of experts may send a token elsewhere
+    assert cosine_NK.median() > 0.999  # the median: a mixture of experts may send a token elsewhere
 
 
 def test_the_audio_changes_the_heads(built, clips, tmp_path):
@@ -198,3 +199,27 @@ def test_a_decoder_without_attention_has_no_heads(tmp_path):
     model = transformers.CsmForConditionalGeneration
     with torch.device("meta"), pytest.raises(BackboneError, match="no attention heads that can be read"):
         find_head_sites(model(transformers.CsmConfig()), "decoder")
+
+
+@pytest.mark.parametrize("model_type", [name for name in UNSERVED if name in transformers.CONFIG_MAPPING])
+def test_families_that_cannot_be_served_say_why(model_type):
+    config = transformers.CONFIG_MAPPING[model_type]()
+    with pytest.raises(
+        BackboneError, match=rf"some/model \({model_type}\) cannot be a backbone: .*{UNSERVED[model_type]}"
+    ):
+        model_class_of(config, "some/model")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "reason"),
+    [
+        ("wav2vec2", "Wav2Vec2ForCTC", "has no language model that could be asked"),
+        ("audio-spectrogram-transformer", "ASTForAudioClassification", "has no language model"),
+        ("seamless_m4t_v2", "SeamlessM4Tv2ForSpeechToText", "transcribes and takes no prompt"),
+        ("moonshine", "MoonshineForConditionalGeneration", "transcribes and takes no prompt"),
+    ],
+)
+def test_models_that_cannot_be_asked_say_so(model_type, architecture, reason):
+    config = transformers.CONFIG_MAPPING[model_type](architectures=[architecture])
+    with pytest.raises(BackboneError, match=rf"some/model is a {architecture}, which {reason}"):
+        model_class_of(config, "some/model")

@@ -16,6 +16,7 @@ from calm_pl.audio import AudioError, audio_seconds, load_audio
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
+from calm_pl.classifier import CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
@@ -249,6 +250,18 @@ def test_sound_and_pictures_are_interleaved_by_two_seconds(omni, tmp_path):
     assert turns == ["V", "A"] * 3  # 0 to 2 s, 2 to 4 s, 4 to 5 s
     assert bool(inputs.model_inputs["use_audio_in_video"])
     assert "<|vision_bos|><|audio_bos|>" in text
+
+
+def test_a_classifier_of_films_can_be_kept_and_used(omni, tmp_path):
+    films, labels = [], []
+    for label, level in (("dark", 20), ("bright", 220)):
+        for number in range(3):
+            frames_FHW3 = np.full((4, 56, 56, 3), level + number, dtype=np.uint8)
+            films.append(str(write_film(tmp_path / f"{label}{number}.mp4", frames_FHW3, None)))
+            labels.append(label)
+    classifier = CalmClassifier(device="cpu").fit(films[1:], labels[1:], Backbone(str(omni), modality="video"))
+    classifier.save_pretrained(tmp_path / "kept")
+    assert CalmClassifier.from_pretrained(tmp_path / "kept", device="cpu").predict(films[:1]) == ["dark"]
 
 
 def test_options_that_need_sound_are_refused_without_it(omni, tmp_path):

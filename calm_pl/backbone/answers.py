@@ -26,7 +26,8 @@ LABELS_PER_PASS = 32
 def label_log_likelihoods(lalm: FrozenLALM, inputs: LALMInputs, labels: Sequence[str]) -> Tensor:
     """Mean log-likelihood per token of each label as the answer (B, C), float32, on the model's device.
 
-    Audio and prompt run once; their key-value cache is shared by all labels.
+    Audio and prompt run once; their key-value cache is shared by all labels, in every family that is served (decoders
+    of state-space layers are not).
 
     Raises:
         BackboneError: the model is an encoder-decoder (it transcribes and answers no questions).

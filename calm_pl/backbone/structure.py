@@ -106,7 +106,8 @@ def _projection(block: nn.Module) -> nn.Module | None:
 
 def _first(block: nn.Module, names: Sequence[str]) -> Any:
     """The first of these attributes that ``block`` or a module inside it has (Gemma 3n nests its attention)."""
-    return next((getattr(m, name) for m in block.modules() for name in names if hasattr(m, name)), None)
+    found = (getattr(m, name, None) for m in block.modules() for name in names)
+    return next((value for value in found if value is not None), None)
 
 
 def _site(name: str, attention: nn.Module, part: Literal["decoder", "encoder"]) -> HeadSite:

@@ -26,17 +26,19 @@ def _list() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from calm_pl.backbone.catalogue import CATALOGUE
+    from calm_pl.backbone.catalogue import CATALOGUE, FAMILIES
 
     table = Table("name", "hub id", "layers x heads x dim", "Hz", "longest clip", "bf16", "4-bit", "tested", box=None)
     for name, known in CATALOGUE.items():
         longest = "any" if known.max_seconds is None else f"{known.max_seconds} s"
         shape = f"{known.layers} x {known.heads} x {known.head_dim}"
-        memory = [_gigabytes(known.bf16_gb), _gigabytes(known.four_bit_gb)]
+        about = "" if known.exact else "about "
+        memory = [about + _gigabytes(known.bf16_gb), about + _gigabytes(known.four_bit_gb)]
         table.add_row(name, known.hub_id, shape, str(known.sampling_rate), longest, *memory, known.tested)
     console = Console()
     console.print(table)
-    console.print("Other audio-language models of transformers may work too: calm backbones inspect PATH", style="dim")
+    console.print(f"\nTested families: {', '.join(f'{name} ({hub_id})' for name, hub_id in FAMILIES.items())}.")
+    console.print("Whether another checkpoint will work, and if not, why: calm backbones inspect PATH", style="dim")
     return 0
 
 
