@@ -14,6 +14,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.baselines import SAV
 from calm_pl.cli import main
+from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
 from tests.conftest import tone
 
@@ -57,6 +58,28 @@ def test_a_baseline_in_the_metric_can_be_the_classifier(labelled, tiny_lalm, tmp
     voting.save_pretrained(tmp_path)
     loaded = CalmClassifier.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.predict_proba(labelled[0]), voting.predict_proba(labelled[0]))
+
+
+def test_heads_trusted_on_another_set_are_trusted_from_the_start(labelled, tiny_lalm, tmp_path):
+    base = CalmClassifier(LearnedWeights(tau=0.05)).fit(*labelled, backbone=tiny_lalm)
+    base.save_pretrained(tmp_path / "run" / "classifier")
+    one_shot = [labelled[0][i] for i in (0, 4, 8)], [labelled[1][i] for i in (0, 4, 8)]
+    wanted_K = base.method.weights().mean(1)
+    far = []
+    for base_clips in (0.0, 1e6):
+        method = LearnedWeights(base=[str(tmp_path / "run")], base_clips=base_clips, tau=0.15)
+        fitted = CalmClassifier(method).fit(*one_shot, backbone=tiny_lalm)
+        far.append((fitted.method.weights().mean(1) - wanted_K).abs().max())
+    assert far[1] < 1e-3 < far[0]
+
+
+def test_a_base_that_cannot_be_one_is_refused(classifier, tmp_path):
+    heads_NKD, labels_N = torch.randn(4, 3, 5), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(FileNotFoundError, match="holds no classifier"):
+        LearnedWeights(base=[str(tmp_path)]).fit(heads_NKD, labels_N, 2)
+    classifier.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only calm_learned"):
+        LearnedWeights(base=[str(tmp_path)]).fit(heads_NKD, labels_N, 2)
 
 
 def test_a_coverage_has_a_confidence_below_which_a_clip_is_unknown(classifier, labelled, tmp_path, capsys):

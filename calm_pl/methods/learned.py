@@ -5,7 +5,7 @@ Shapes: N clips, K heads, D head dimension, C classes, R rank, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from typing_extensions import Self
 from calm_pl import functional as F
 from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import check_support
+from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.leave_one_out import LeaveOneOut
@@ -64,6 +65,9 @@ class LearnedWeights(MetricSpace):
         head_dropout: share of heads left out at every step, against reliance on single heads.
         label_smoothing: of the cross-entropy, for support labels that may be wrong.
         averaging: decay of a running average of the parameters that replaces them at the end; 0 for none.
+        base: run folders of fits on other labelled sets with the same backbone: the heads trusted there are trusted
+            here from the start. Much at 1 shot, nothing from about 5 on.
+        base_clips: how many clips of this support set the base's word is worth.
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
         centre: of the within-head metric, as a share of the mean of the prototypes.
         tau: temperature of the head posteriors; None is chosen.
@@ -89,6 +93,8 @@ class LearnedWeights(MetricSpace):
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         averaging: float = 0.0,
+        base: Sequence[str] = (),
+        base_clips: float = 50.0,
         shrinkage: float | str | None = None,
         centre: float = CENTRE,
         tau: float | None = None,
@@ -105,6 +111,7 @@ class LearnedWeights(MetricSpace):
         self.to_start, self.to_shared, self.steps, self.lr = to_start, to_shared, steps, lr
         self.standard_errors = standard_errors
         self.head_dropout, self.label_smoothing, self.averaging = head_dropout, label_smoothing, averaging
+        self.base, self.base_clips = tuple(base), base_clips
         self.shrinkage, self.centre, self.tau = shrinkage, centre, tau
         self.shots, self.episodes, self.seed = shots, episodes, seed
         self.trust = Trust()
@@ -140,8 +147,16 @@ class LearnedWeights(MetricSpace):
         shrinkage, tau, power = choices["shrinkage"], choices["tau"], choices["tau_w"]
         voters = clips if len(clips) else torch.arange(len(labels_N), device=labels_N.device)
         posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, voters) / tau, -1)
-        weights_KC = shared_weights(posteriors_NKC, labels_N[voters], power)
-        choices |= self._choose_trust(posteriors_NKC, labels_N[clips], power) if len(clips) else self._no_trust()
+        base_K1 = base_weights(self.base, heads_NKD.shape[1]).to(labels_N.device)[:, None] if self.base else None
+
+        def start(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
+            weights_KC = shared_weights(posteriors_NKC, labels_N, power)
+            if base_K1 is None:
+                return weights_KC
+            return (len(labels_N) * weights_KC + self.base_clips * base_K1) / (len(labels_N) + self.base_clips)
+
+        weights_KC = start(posteriors_NKC, labels_N[voters])
+        choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start) if len(clips) else self._no_trust()
         self.source = None
         if len(clips):
             self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
@@ -161,7 +176,9 @@ class LearnedWeights(MetricSpace):
         self.trust = Trust()
         return {**asdict(self.trust), "calibration": {"temperature": 1.0}}
 
-    def _choose_trust(self, posteriors_NKC: Tensor, labels_N: Tensor, power: float) -> dict[str, Any]:
+    def _choose_trust(
+        self, posteriors_NKC: Tensor, labels_N: Tensor, start: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Any]:
         """How far to move from the start, cross-validated for all settings at once."""
         settings = [
             (
@@ -174,7 +191,7 @@ class LearnedWeights(MetricSpace):
         tried = cross_validate(
             posteriors_NKC,
             labels_N,
-            lambda posteriors, labels: shared_weights(posteriors, labels, power),
+            start,
             list(dict.fromkeys(settings)),
             [count for count in steps if count],
             self.alpha,
