@@ -349,6 +349,18 @@ def test_the_metric_takes_out_what_varies_in_every_class():
     assert accuracy[1] > accuracy[0] + 0.2
 
 
+@pytest.mark.parametrize("make", [LearnedWeights, lambda: Calm("whitened")])
+def test_unlabelled_clips_shape_the_metric_of_single_clips_alone(make):
+    unlabelled, _ = make_set(30, noise=2.0, seed=7)
+    for shots, helped in ((1, True), (3, False)):
+        heads, labels = make_set(shots)
+        plain, method = make().fit(heads, labels, 4), make()
+        method.unlabelled_NKD = unlabelled
+        method.fit(heads, labels, 4)
+        assert method.choices()["shrinkage"] == (0.6 if helped else plain.choices()["shrinkage"])
+        assert torch.equal(method(unlabelled), plain(unlabelled)) is not helped
+
+
 def test_learning_beats_the_start_where_classes_need_different_heads():
     """Heads c and c + 4 hear class c whenever it sounds; of all else they say what comes to their mind."""
 

@@ -23,7 +23,7 @@ from calm_pl.methods.selection import Formula, Grid, best_of, judge_all
 
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT = Formula()
-DEFAULT_WHITENED = Formula(tau=0.15, shrinkage=1.0)
+DEFAULT_WHITENED = Formula(tau=0.15)
 
 
 class Calm(MetricSpace):
@@ -68,11 +68,12 @@ class Calm(MetricSpace):
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         check_support(heads_NKD, labels_N, num_classes)
-        metric = None
+        metric, default = None, DEFAULT
         if self.metric == "whitened":
             heads_NKD = directions(heads_NKD)
-            metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes, self.centre)
-        formula, choices = self._choose(heads_NKD, labels_N, num_classes, metric)
+            metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, self.centre)
+            default = replace(DEFAULT_WHITENED, shrinkage=shrinkage)
+        formula, choices = self._choose(heads_NKD, labels_N, num_classes, metric, default)
         weights_KC = formula_weights(heads_NKD, labels_N, num_classes, formula, metric)
         buffers = {"prototypes_CKD": F.class_prototypes(heads_NKD, labels_N, num_classes)}
         if metric is not None and formula.shrinkage is not None:
@@ -81,7 +82,7 @@ class Calm(MetricSpace):
         return self
 
     def _choose(
-        self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, metric: HeadMetric | None
+        self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, metric: HeadMetric | None, default: Formula
     ) -> tuple[Formula, dict[str, Any]]:
         grid = Grid() if metric is None else Grid(shrinkage=SHRINKAGES)
         fixed = {key: (value,) for key, value in self.given.items() if key != "top_k"}
@@ -89,7 +90,7 @@ class Calm(MetricSpace):
             fixed["top_fraction"] = (1.0 if not self.given["top_k"] else self.given["top_k"] / heads_NKD.shape[1],)
         judged = judge_all(heads_NKD, labels_N, num_classes, replace(grid, **fixed), metric)
         if not judged:
-            formula = replace(DEFAULT if metric is None else DEFAULT_WHITENED, **self.given)
+            formula = replace(default, **self.given)
             return formula, {**asdict(formula), "chosen": False, "calibration": {"temperature": 1.0}}
         best = best_of(judged)
         _, calibration = calibrate(best.scores_NC, best.labels_N)

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import Self
 
 from calm_pl import functional as F
-from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import check_support
 from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
@@ -29,8 +28,8 @@ from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TAUS = (0.07, 0.15, 0.3)
 POWERS = (1.0, 0.5, 0.25)
-# Where no class has two clips nothing can be left out, hence nothing chosen: g = 1 is centred cosine.
-DEFAULT = {"shrinkage": 1.0, "tau": 0.15, "tau_w": 1.0}
+# Where no class has two clips nothing can be left out, hence nothing chosen.
+DEFAULT = {"tau": 0.15, "tau_w": 1.0}
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
@@ -140,10 +139,10 @@ class LearnedWeights(MetricSpace):
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
-        metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes, self.centre)
+        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, self.centre)
         left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
-        choices = self._choose_start(left_out, clips) if len(clips) else self._default_start()
+        choices = self._choose_start(left_out, clips) if len(clips) else self._default_start(shrinkage)
         shrinkage, tau, power = choices["shrinkage"], choices["tau"], choices["tau_w"]
         voters = clips if len(clips) else torch.arange(len(labels_N), device=labels_N.device)
         posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, voters) / tau, -1)
@@ -168,9 +167,13 @@ class LearnedWeights(MetricSpace):
         self._make_parameters(self.start_logits_KC)
         return self
 
-    def _default_start(self) -> dict[str, Any]:
+    def _default_start(self, shrinkage: float) -> dict[str, Any]:
         given = {"shrinkage": self.shrinkage, "tau": self.tau}
-        return {**DEFAULT, **{name: value for name, value in given.items() if value is not None}}
+        return {
+            "shrinkage": shrinkage,
+            **DEFAULT,
+            **{name: value for name, value in given.items() if value is not None},
+        }
 
     def _no_trust(self) -> dict[str, Any]:
         self.trust = Trust()

@@ -26,6 +26,7 @@ from calm_pl.methods.selection import judged_clips
 
 CENTRE = 0.5
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
+UNLABELLED_SHRINKAGE = 0.6  # the total covariance holds what tells classes apart, too: much of it must stay
 
 
 def directions(heads_NKD: Tensor) -> Tensor:
@@ -37,11 +38,28 @@ def directions(heads_NKD: Tensor) -> Tensor:
 
 
 class MetricSpace(HeadClassifier):
-    """A classifier that votes on raw cosines, or in a metric where `in_metric` made one."""
+    """A classifier that votes on raw cosines, or in a metric where `in_metric` made one.
+
+    Attributes:
+        unlabelled_NKD: head outputs of clips without labels, to be given before `fit`. Where no class has two clips,
+            the metric is their total covariance, around their mean; else they are not looked at.
+    """
 
     mean_KD: Tensor
     transform_KDD: Tensor
     prototypes_CKD: Tensor
+    unlabelled_NKD: Tensor | None = None
+
+    def estimate(
+        self, directions_NKD: Tensor, labels_N: Tensor, num_classes: int, centre: float
+    ) -> tuple[HeadMetric, float]:
+        """The metric of a support set, and the g to take where nothing can be left out to choose it."""
+        metric = HeadMetric.estimate(directions_NKD, labels_N, num_classes, centre)
+        if metric.freedom or self.unlabelled_NKD is None:
+            return metric, 1.0
+        everything_NKD = directions(self.unlabelled_NKD)
+        no_classes_N = torch.zeros(len(everything_NKD), dtype=torch.long, device=everything_NKD.device)
+        return HeadMetric.estimate(everything_NKD, no_classes_N, 1), UNLABELLED_SHRINKAGE
 
     @staticmethod
     def in_metric(metric: HeadMetric, shrinkage: float | str, prototypes_CKD: Tensor) -> dict[str, Tensor]:
