@@ -19,7 +19,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install train sweep report test lint format calm-tiny clean
+.PHONY: help install train sweep figures report test lint format calm-tiny clean
 
 help:  ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,12 @@ sweep: $(STAMP)  ## every point of SWEEP (shots, methods) with DATASET and BACKB
 	$(BIN)/calm sweep $(SWEEP) --data $(DATASET) --backbone $(BACKBONE) --trainer.devices $(DEVICES) \
 		$(if $(DATA_DIR),--data.recipe.init_args.data_dir $(abspath $(DATA_DIR))) \
 		$(if $(RUN_DIR),--out $(RUN_DIR)) $(ARGS)
+
+figures: $(STAMP)  ## make the plots of the documentation again, with the built-in model and sounds
+	$(BIN)/calm fit --run_dir build/figures/run
+	$(BIN)/calm sweep shots --out build/figures/shots
+	cp build/figures/run/plots/methods.png docs/images/methods.png
+	cp build/figures/shots/plots/accuracy-over-shots.png docs/images/shots.png
 
 report: $(STAMP)  ## remake the report of RUN_DIR
 	$(BIN)/calm report $(RUN_DIR)

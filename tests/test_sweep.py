@@ -135,6 +135,10 @@ def test_a_sweep_leaves_runs_a_table_and_a_plot(sweep):
     assert float(row["accuracy"]) == pytest.approx(sum(accuracies) / 2) and row["runs"] == "2"
     assert (out / "plots" / "accuracy-over-shots.png").is_file() and (out / "comparison.html").is_file()
     for run in out.glob("shots=*"):
+        assert {file.name for file in run.iterdir()} >= {
+            "config.yaml", "results.json", "predictions.csv", "choices.json", "heads.json", "classifier", "checkpoints",
+            "report.html", "plots",
+        }  # fmt: skip
         assert (run / "plots" / "accuracy-over-shots.svg").is_file()
         assert '<h2 id="shots">Accuracy over shots</h2>' in (run / "report.html").read_text()
 
@@ -186,6 +190,20 @@ def test_two_sweeps_at_once_do_each_point_once_and_find_the_same(sweep, tmp_path
     for shots, seed in itertools.product((1, 2), (0, 1)):
         name = f"shots={shots},seed={seed}"
         assert figures(tmp_path / "out" / name) == figures(alone / name), name
+
+
+def test_runs_of_several_ranks_have_processes_of_their_own(sweep, tmp_path):
+    """What Lightning leaves in a process after one of them (here the extraction) would break the next (the point)."""
+    arguments, alone, *_ = sweep
+    file = sweep_file(tmp_path, parameters={"data.shots": {"value": 2}, "data.seed": {"value": 0}})
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--model.zero_shot", "false"]
+    done = calm_process(
+        "sweep", file, "--out", tmp_path / "out", *arguments[3:], *ranks, CALM_STORE=str(tmp_path / "h")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 points" in done.stdout and "run folder" not in done.stdout
+    found, expected = (figures(folder / "shots=2,seed=0") for folder in (tmp_path / "out", alone))
+    assert found["sav"]["accuracy"] == expected["sav"]["accuracy"]
 
 
 # What `wandb agent` does with the points that its server sends: its own code, without the server.

@@ -62,6 +62,7 @@ def hush() -> None:
         "Total length of `.*` across ranks is zero",
         "Your `IterableDataset` has `__len__` defined",
         "The '.*' does not have many workers",
+        "It is recommended to use `self.log\\(.*sync_dist=True",  # what is logged was gathered over ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
 

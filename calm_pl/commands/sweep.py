@@ -6,6 +6,7 @@ import argparse
 import io
 import itertools
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from calm_pl.conf import CONF_DIR, config_names, find_config
-from calm_pl.progress import Task, quiet, say
+from calm_pl.progress import Task, is_quiet, quiet, say
 from calm_pl.training.finished import is_finished
+
+TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
     out = options.out or default_folder(Path(options.sweep).stem, configs[0])
     folders = [out / point.name for point in points]
     if options.extract and not all(map(is_finished, folders, configs)):
-        extract(points[0], out)
+        extract(points[0], configs[0], out)
     failed = run_points(points, configs, folders)
 
     from rich.console import Console
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
     finished = [folder for folder, config in zip(folders, configs, strict=True) if is_finished(folder, config)]
     if finished:
         comparison = Comparison(finished)
-        Console().print(*comparison.tables())
+        # Rather wrapped lines than figures cut off.
+        Console(width=max(Console().width, TABLE_WIDTH)).print(*comparison.tables())
         page = comparison.write(out)
         comparison.add_curves(out)
         print(f"{len(finished)} of {len(points)} points; table, CSV and plots: {page}")
@@ -133,7 +137,9 @@ def run_points(
                     with FileLock(folder / ".running", timeout=wait):
                         if not is_finished(folder, config):
                             (folder / "results.json").unlink(missing_ok=True)  # of another configuration
-                            _calm_fit(point, folder)
+                            # A sweep tells how it gets on as a whole.
+                            with quiet(), redirect_stdout(io.StringIO()):
+                                _run("fit", point, config, f"--run_dir={folder}")
                         say(f"{point.name}: {_outcome(folder, config)}")
                 except Timeout:
                     continue
@@ -144,7 +150,7 @@ def run_points(
     return failed
 
 
-def extract(point: Point, out: Path) -> None:
+def extract(point: Point, config: Mapping[str, Any], out: Path) -> None:
     """Read the heads of the whole data set first, so that the backbone is not loaded again for every point.
 
     Of several processes one does it; the others wait and find nothing missing.
@@ -153,7 +159,7 @@ def extract(point: Point, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".extracting"):
-        _calm("extract", point)
+        _run("extract", point, config)
 
 
 def default_folder(name: str, config: Mapping[str, Any]) -> Path:
@@ -163,14 +169,21 @@ def default_folder(name: str, config: Mapping[str, Any]) -> Path:
     return Path("runs") / f"sweep-{name}-{recipe}-{backbone}"
 
 
-def _calm_fit(point: Point, folder: Path) -> None:
-    """One point, which shows nothing of itself: a sweep tells how it gets on as a whole.
+def _run(command: str, point: Point, config: Mapping[str, Any], *more: str) -> None:
+    """Run a command here, so that it shares the loaded backbone; with several ranks in processes of their own, because
+    Lightning starts the ranks of one run only in the life of a process.
 
     Raises:
         SystemExit: it failed, with the reason.
     """
-    with quiet(), redirect_stdout(io.StringIO()):
-        _calm("fit", point, f"--run_dir={folder}")
+    trainer = config["trainer"]
+    if (trainer["devices"], trainer["num_nodes"]) == (1, 1):
+        _calm(command, point, *more)
+        return
+    program = [sys.executable, "-m", "calm_pl.cli", command, *point.arguments, *more]
+    done = subprocess.run(program, stdout=subprocess.DEVNULL if is_quiet() else None)
+    if done.returncode:
+        sys.exit(f"calm {command} ended with exit code {done.returncode}, see above")
 
 
 def _outcome(folder: Path, config: Mapping[str, Any]) -> str:
