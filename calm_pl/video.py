@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,4 +114,5 @@ def _rgb(frame: VideoFrame) -> Tensor:
     """(3, H, W)."""
     scale = min(1.0, math.sqrt(MAX_PIXELS / (frame.width * frame.height)))
     small = frame.reformat(max(1, int(frame.width * scale)), max(1, int(frame.height * scale)), format="rgb24")
-    return torch.from_numpy(small.to_ndarray()).permute(2, 0, 1).contiguous()
+    upright = np.rot90(small.to_ndarray(), round(frame.rotation / 90))  # a telephone films sideways and says so
+    return torch.from_numpy(np.ascontiguousarray(upright.transpose(2, 0, 1)))

@@ -17,6 +17,7 @@ import transformers
 from calm_pl.backbone.answers import generate_answers, label_log_likelihoods
 from calm_pl.backbone.config import UNSERVED, model_class_of
 from calm_pl.backbone.errors import BackboneError
+from calm_pl.backbone.inspection import inspect_checkpoint
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.structure import find_head_sites
 from calm_pl.clip import Clip
@@ -67,6 +68,14 @@ def test_attention_blocks_are_found(built):
     found = (len(encoder), encoder[0].num_heads, encoder[0].head_dim) if encoder else None
     assert found == built.family.encoder
     assert len(set(lalm.head_names)) == lalm.num_heads == layers * heads + (2 * 2 if encoder else 0)
+
+
+def test_inspecting_finds_what_loading_finds(built):
+    found = inspect_checkpoint(str(built.folder))
+    layers, heads, width = built.family.decoder
+    assert found.decoder == f"{layers} layers x {heads} heads x {width} = {layers * heads} heads"
+    assert found.encoder.startswith("2 layers x 2 heads" if built.family.encoder else "none (")
+    assert found.max_seconds == built.lalm.processor.max_seconds and built.family.asks in found.prompt
 
 
 def test_hooks_see_what_a_plain_forward_sees(built, clips):
@@ -124,16 +133,19 @@ def test_the_question_is_asked_in_the_familys_own_template(built, clips):
 
 
 def test_label_likelihoods_are_those_of_a_whole_forward(built, clips):
-    lalm, labels = built.lalm, ["dog bark", "x"]
-    waveforms = [lalm.processor.load(clip) for clip in clips[:2]]
-    scores_BC = label_log_likelihoods(lalm, lalm.processor(clips[:2], waveforms), labels)
-    inputs = lalm.processor(clips[:1], waveforms[:1]).model_inputs
+    likelihoods_equal_a_whole_forward(built.lalm, clips[:2])
+
+
+def likelihoods_equal_a_whole_forward(lalm: FrozenLALM, clips: list[Clip]) -> None:
+    labels, media = ["dog bark", "x"], [lalm.processor.load(clip) for clip in clips]
+    scores_BC = label_log_likelihoods(lalm, lalm.processor(clips, media), labels)
+    inputs = lalm.processor(clips[:1], media[:1]).model_inputs
     answer = torch.tensor([lalm.processor.tokenizer(labels[0], add_special_tokens=False).input_ids])
     longer = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
     for name in ("token_type_ids", "mm_token_type_ids"):
         longer[name] = torch.zeros_like(answer)
     whole = {name: torch.cat([x, longer[name]], 1) if name in longer else x for name, x in inputs.items()}
-    with lalm.window(lalm.processor(clips[:1], waveforms[:1])), torch.inference_mode():
+    with lalm.window(lalm.processor(clips[:1], media[:1])), torch.inference_mode():
         log_p_TV = lalm.model(**whole).logits[0].float().log_softmax(-1)
     count = answer.shape[1]
     expected = log_p_TV[-count - 1 : -1].gather(1, answer[0, :, None]).mean()
@@ -176,6 +188,7 @@ def test_pictures_are_seen_where_the_family_sees(built, films, clips, modality):
     assert (heads_NKD[0] - heads_NKD[1]).abs().max() > 0.01  # other pictures
     (dubbed_KD,) = lalm.head_outputs([replace(films[0], audio=clips[3].audio, end=0.8, video=films[0].audio)])
     assert ((dubbed_KD - heads_NKD[0]).abs().max() > 0.01) == (modality == "audiovisual")  # another sound
+    likelihoods_equal_a_whole_forward(lalm, films[1:])
 
 
 # What cannot be served says so

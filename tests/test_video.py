@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,20 @@ def test_large_frames_are_shrunk_in_proportion(tmp_path):
     *_, height, width = load_frames(path, 1).shape
     assert 0.95 * MAX_PIXELS < height * width <= MAX_PIXELS
     assert width / height == pytest.approx(16 / 9, rel=0.01)
+
+
+def test_a_film_taken_sideways_is_shown_upright(tmp_path):
+    white_top = np.zeros((4, 48, 64, 3), dtype=np.uint8)
+    white_top[:, :24] = 255
+    path = write_film(tmp_path / "sideways.mp4", white_top, None)
+    content = path.read_bytes()
+    at = content.index(b"tkhd") + 44  # its matrix, the identity; a quarter turn clockwise instead
+    assert content[at : at + 4] == struct.pack(">i", 1 << 16)
+    turn = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:at] + turn + content[at + 36 :])
+    (pixels_3HW,) = load_frames(path, 1)
+    assert pixels_3HW.shape == (3, 64, 48)
+    assert pixels_3HW[..., 24:].float().mean() > 200 and pixels_3HW[..., :24].float().mean() < 50  # top is right
 
 
 def test_what_cannot_be_seen_is_named(film, tmp_path):
