@@ -24,7 +24,7 @@ ONE_FIGURE = """
 import sys
 import wandb
 from calm_pl.training.logging import RunLogger
-logger = RunLogger(save_dir=sys.argv[1], mode=sys.argv[2], seconds_to_connect=2)
+logger = RunLogger(save_dir=sys.argv[1], mode=sys.argv[2] or None, seconds_to_connect=2)
 logger.log_metrics({"figure": 42})
 wandb.finish()
 """
@@ -68,16 +68,20 @@ def test_wandb_goes_offline_without_a_key(wandb_run):
 
 
 def test_wandb_goes_offline_without_a_network(tmp_path):
-    said = calm_process(str(tmp_path), "online", program=ONE_FIGURE, HOME=str(tmp_path), **NO_NETWORK)
+    said = calm_process(str(tmp_path), "", program=ONE_FIGURE, HOME=str(tmp_path), **NO_NETWORK)
     assert said.returncode == 0, said.stderr
     assert "no connection to its server" in said.stderr and "logged offline" in said.stderr
     assert history(records(tmp_path))["figure"] == 42
 
 
 @pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("disabled", 0)])
-def test_one_option_keeps_wandb_offline_or_off(tmp_path, mode, runs):
-    said = calm_process(str(tmp_path), mode, program=ONE_FIGURE, HOME=str(tmp_path), WANDB_API_KEY="")
+@pytest.mark.parametrize("by_option", [True, False])
+def test_one_option_keeps_wandb_offline_or_off(tmp_path, mode, runs, by_option):
+    """So does the environment; with a key, so that nothing else could be the reason."""
+    env = {**NO_NETWORK, "WANDB_MODE": "online" if by_option else mode, "HOME": str(tmp_path)}
+    said = calm_process(str(tmp_path), mode if by_option else "", program=ONE_FIGURE, **env)
     assert said.returncode == 0, said.stderr
+    assert "no connection" not in said.stderr
     assert len(list(tmp_path.rglob("*.wandb"))) == runs
 
 

@@ -36,8 +36,8 @@ class RunLogger(WandbLogger):
         project: W&B's project.
         name: the run's name there; null lets W&B choose.
         save_dir: where W&B keeps its files; empty is the run folder on the command line, else here.
-        mode: ``online``, ``offline`` (everything stays here; `wandb sync` sends it later) or ``disabled``. The
-            environment's WANDB_MODE goes before it.
+        mode: ``online``, ``offline`` (everything stays here; `wandb sync` sends it later) or ``disabled``; null is
+            what the environment's WANDB_MODE says, else online.
         seconds_to_connect: how long W&B's server is waited for before the run goes on offline.
         mistakes: recordings of how many of the most confident mistakes are sent; 0 keeps all audio here.
         classifier: send the classifier as an artifact.
@@ -49,7 +49,7 @@ class RunLogger(WandbLogger):
         project: str = "calm-pl",
         name: str | None = None,
         save_dir: str = "",
-        mode: Literal["online", "offline", "disabled"] = "online",
+        mode: Literal["online", "offline", "disabled"] | None = None,
         seconds_to_connect: float = 30.0,
         mistakes: int = 8,
         classifier: bool = True,
@@ -86,7 +86,7 @@ class RunLogger(WandbLogger):
                 f"W&B: {reason}\nThis run is logged offline: `wandb login`, then `wandb sync`, sends it.",
                 file=sys.stderr,
             )
-            # `wandb.init` prefers the environment's mode to its own argument.
+            # In the environment too, so that the next run of a sweep does not wait again.
             os.environ["WANDB_MODE"] = self._wandb_init["mode"] = "offline"
             return super().experiment
 

@@ -33,6 +33,7 @@ class CalmTrainer(L.Trainer):
         recipe.prepare()
         progress = ExtractionProgress(shows_progress(self))
         self.callbacks = [StoreWriter(store), progress]
+        self.loggers = []  # there is nothing to log, and an empty run at W&B helps nobody
         data: ClipDataModule | ShardDataModule
         if isinstance(recipe, Shards):
             data = ShardDataModule(recipe.urls(), *options)
