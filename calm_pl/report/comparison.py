@@ -107,14 +107,17 @@ class Comparison:
 
     def add_curves(self, out: str | Path) -> None:
         """Show in every run's own report the accuracy over shots that `write` drew of it and its like."""
-        with Task("adding accuracy over shots to the reports", len(self.runs), "reports") as task:
-            for question, runs in self.runs_of.items():
-                for run in runs:
-                    for file in Path(out, "plots").glob(f"{self._plot_name(question)}.*"):
-                        (run.folder / "plots").mkdir(exist_ok=True)
-                        shutil.copyfile(file, run.folder / "plots" / f"{CURVE}{file.suffix}")
-                    write_report(run.folder, redraw=False)
-                    task.advance()
+        curves = {question: Path(out, "plots", f"{self._plot_name(question)}.svg") for question in self.rows}
+        runs = [(run, file) for question, file in curves.items() if file.is_file() for run in self.runs_of[question]]
+        if not runs:  # all have the same shots
+            return
+        with Task("adding accuracy over shots to the reports", len(runs), "reports") as task:
+            for run, file in runs:
+                (run.folder / "plots").mkdir(exist_ok=True)
+                for suffix in (".svg", ".png"):
+                    shutil.copyfile(file.with_suffix(suffix), run.folder / "plots" / f"{CURVE}{suffix}")
+                write_report(run.folder, redraw=False)
+                task.advance()
 
     def _write_csv(self, file: Path) -> None:
         with io.StringIO(newline="") as handle:
