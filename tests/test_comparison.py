@@ -63,6 +63,14 @@ def test_an_interrupted_comparison_goes_on(compared, capsys):
     assert {tuple(map(str, key)): value for key, value in again.items()} == before
 
 
+def test_rows_of_another_protocol_never_join(compared):
+    out, arguments = compared
+    before = (out / ROWS_FILE).read_text()
+    with pytest.raises(SystemExit, match=r"protocol open; this one is of .*protocol mcq.*--out"):
+        compare(*arguments, "--data.protocol", "mcq", "--data.num_options", 2)
+    assert (out / ROWS_FILE).read_text() == before
+
+
 @dataclass
 class Folded:
     test_fold: int = 1

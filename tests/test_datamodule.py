@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from calm_pl import AudioEpisodeDataModule, Backbone
-from calm_pl.data.datamodule import StoredHeads
+from calm_pl.clip import Clip
+from calm_pl.data import write_manifest
 from calm_pl.data.episodes import EpisodeStream
-from calm_pl.data.recipes import Folder
+from calm_pl.data.labelled import StoredHeads
+from calm_pl.data.recipes import Folder, Manifest
 from calm_pl.training.extraction import HeadExtraction, extract_missing
 
 
@@ -67,6 +69,7 @@ def test_every_clip_is_seen_once_by_all_ranks_together(filled, world_size, chunk
     ("options", "message"),
     [
         ({"protocol": "closed"}, "protocol='closed' is unknown: choose open or mcq"),
+        ({"within_options": True}, "within_options is for protocol=mcq"),
         ({"batch_size": 0}, "batch_size=0: at least 1"),
     ],
 )
@@ -89,6 +92,46 @@ def test_mcq_lists_options_with_the_true_one_among_them(tones, tiny_lalm):
         assert clip.question == f"What sound is this?\nA. {clip.options[0]} B. {clip.options[1]}"
     again = {clip.audio: clip for clip in setup(seed=7, shots=1).clips}  # another support set, the same questions
     assert all(again[clip.audio] == clip for clip in data.clips if clip.audio in again)
+
+
+def test_within_options_predicts_among_them_alone(tones, tiny_lalm):
+    options = {"protocol": "mcq", "num_options": 2}
+    data = AudioEpisodeDataModule(Folder(str(tones)), Backbone(tiny_lalm), shots=2, within_options=True, **options)
+    data.setup()
+    indices = torch.tensor(data.usable("test"))
+    before_NC = torch.tensor([[0.5, 0.3, 0.2]]).repeat(len(indices), 1)
+    after_NC = data.among_options(indices, before_NC)
+    for row, clip in zip(after_NC, data.clips_at(indices.tolist()), strict=True):
+        listed = [data.classes.index(option) for option in clip.options]
+        assert row[listed].sum() == pytest.approx(1) and (row > 0).sum() == 2
+        assert row[listed[0]] / row[listed[1]] == pytest.approx(before_NC[0, listed[0]] / before_NC[0, listed[1]])
+    nowhere_NC = torch.eye(3)[[data.classes.index(_not_listed(data, i)) for i in indices.tolist()]]
+    assert data.among_options(indices, nowhere_NC).sum(1).tolist() == pytest.approx([1.0] * len(indices))
+    asked = data.protocol_description()
+    assert (asked["num_options"], asked["options_seed"], asked["within_options"]) == (2, 0, True)
+    free = AudioEpisodeDataModule(Folder(str(tones)), Backbone(tiny_lalm), shots=2, **options)
+    assert torch.equal(free.among_options(indices, before_NC), before_NC)
+
+
+def _not_listed(data: AudioEpisodeDataModule, position: int) -> str:
+    return next(name for name in data.classes if name not in data.clips[position].options)
+
+
+def test_a_manifests_own_options_are_the_mcq_protocol(tones, tiny_lalm, tmp_path):
+    files = [(split, label, n) for split in ("train", "test") for label in ("low", "high") for n in range(2)]
+    clips = [
+        Clip(
+            f"{tones}/{split}/{label}/{n}.wav", label, split, question="High?\nA. low B. high", options=("low", "high")
+        )
+        for split, label, n in files
+    ]
+    write_manifest(clips, tmp_path / "clips.jsonl")
+    recipe = Manifest(str(tmp_path / "clips.jsonl"))
+    with pytest.raises(ValueError, match="set protocol=mcq"):
+        AudioEpisodeDataModule(recipe, Backbone(tiny_lalm), shots=1).setup()
+    data = AudioEpisodeDataModule(recipe, Backbone(tiny_lalm), shots=1, protocol="mcq")
+    data.setup()
+    assert {clip.question for clip in data.clips} == {"High?\nA. low B. high"}
 
 
 def test_a_test_label_unknown_to_training_is_named(tones, tiny_lalm, tmp_path):

@@ -5,7 +5,7 @@ Shapes: N clips, B batch, K heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import DEFAULT_QUESTION, Clip
+from calm_pl.data.labelled import LabelledHeads, StepNumbers, StoredHeads
 from calm_pl.data.options import mcq
 from calm_pl.data.recipes import Recipe, Shards
 from calm_pl.data.splits import check_disjoint, draw_support
@@ -30,65 +31,6 @@ from calm_pl.data.stream import (
     stream_loader,
 )
 from calm_pl.headstore import HeadStore
-
-# After so many optimiser steps the support-set criterion is computed, for callbacks that watch it.
-STEPS_PER_EPOCH = 10
-# Clips whose head outputs are in memory at once while testing: 256 x 1,024 x 128 float32 are 134 MB.
-TEST_CHUNK = 256
-
-
-class LabelledHeads:
-    """Head outputs with labels (-1: unknown); ``indices_B`` are positions in the data module's ``clips``.
-
-    No dataclass, so that Lightning's precision plugins leave the head outputs in float32.
-    """
-
-    def __init__(self, indices_B: Tensor, heads_BKD: Tensor, labels_B: Tensor) -> None:
-        self.indices_B, self.heads_BKD, self.labels_B = indices_B, heads_BKD, labels_B
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> LabelledHeads:
-        """Called by Lightning."""
-        tensors = (self.indices_B, self.heads_BKD, self.labels_B)
-        return LabelledHeads(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
-
-
-class StoredHeads(IterableDataset[LabelledHeads]):
-    """Streams stored head outputs in chunks; rank r of w sees clips r, r + w, ...: each clip exactly once."""
-
-    def __init__(
-        self,
-        store: HeadStore,
-        keys: Sequence[str],
-        labels: Sequence[int],
-        positions: Sequence[int],
-        rank: int = 0,
-        world_size: int = 1,
-        chunk: int = TEST_CHUNK,
-    ) -> None:
-        self.store, self.keys, self.labels, self.chunk = store, keys, labels, chunk
-        self.positions = list(positions)[rank::world_size]
-
-    def __len__(self) -> int:
-        return -(-len(self.positions) // self.chunk)
-
-    def __iter__(self) -> Iterator[LabelledHeads]:
-        for first in range(0, len(self.positions), self.chunk):
-            chosen = self.positions[first : first + self.chunk]
-            yield LabelledHeads(
-                torch.tensor(chosen),
-                self.store.read([self.keys[i] for i in chosen]),
-                torch.tensor([self.labels[i] for i in chosen]),
-            )
-
-
-class StepNumbers(IterableDataset[int]):
-    """The steps of one epoch. Every rank takes every step, and its part of the step's episodes."""
-
-    def __len__(self) -> int:
-        return STEPS_PER_EPOCH
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(STEPS_PER_EPOCH))
 
 
 class AudioEpisodeDataModule(L.LightningDataModule):
@@ -105,6 +47,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         protocol: ``open`` (the prompt names no class) or ``mcq`` (it lists options, the true one among them).
         num_options: answers listed in a prompt of the ``mcq`` protocol.
         options_seed: draws the wrong answers and their order; one clip gets the same options in every run.
+        within_options: in the ``mcq`` protocol, predict only among the options that a clip's question lists.
         batch_size: clips in one pass of the backbone; ``auto`` finds what fits the GPU.
         num_workers: processes that decode audio while the backbone computes.
         store: folder of the head store; null is CALM_STORE or the user's cache. ``none`` is for testing on shards:
@@ -121,6 +64,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         protocol: str = "open",
         num_options: int = 4,
         options_seed: int = 0,
+        within_options: bool = False,
         batch_size: BatchSize = 8,
         num_workers: int = 2,
         store: str | None = None,
@@ -129,6 +73,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         super().__init__()
         if protocol not in ("open", "mcq"):
             raise ValueError(f"protocol={protocol!r} is unknown: choose open or mcq.")
+        if within_options and protocol != "mcq":
+            raise ValueError("within_options is for protocol=mcq: the open question lists no options.")
         if batch_size != "auto" and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 clip a batch.")
         self.recipe = recipe
@@ -138,6 +84,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         self.protocol = protocol
         self.num_options = num_options
         self.options_seed = options_seed
+        self.within_options = within_options
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.store_root = store
@@ -172,7 +119,10 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                     "shards are a stream, whose head outputs are not kept: fit on files (folder, manifest), then "
                     "`calm test --ckpt_path ... --data shards --data.store none`."
                 )
+            if self.protocol != "open":
+                raise ValueError("shards hold the questions that they were made with: protocol=mcq is for files.")
             self.parts = {"support": range(0), "test": range(0), "val": range(0)}
+            self.labels = torch.empty(0, dtype=torch.long)
             return
         clips = self.asked(self.recipe.clips())
         if self.backbone.modality == "audio":  # videos that nobody watches need not be hashed for the clips' keys
@@ -197,11 +147,30 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                 f"{self.recipe.name}: test clips have labels that no training clip has: {', '.join(unknown)}. "
                 "Add labelled training clips of these classes, or take them out of the test set."
             )
-        self.labels = [class_index[clip.labels[0]] if clip.labels else -1 for clip in self.clips]
+        if self.multi_label:
+            self.labels = torch.zeros(len(self.clips), len(self.classes), dtype=torch.uint8)
+            for row, clip in enumerate(self.clips):
+                self.labels[row, [class_index[label] for label in clip.labels]] = 1
+        else:
+            self.labels = torch.tensor([class_index[clip.labels[0]] if clip.labels else -1 for clip in self.clips])
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a clip has several labels. ``labels`` then is (N, C), 1 for each label of a clip, else (N,)."""
+        return any(len(clip.labels) > 1 for clip in self.clips)
 
     def asked(self, clips: list[Clip]) -> list[Clip]:
-        """The clips with the question of the protocol; a clip's own question stays."""
+        """The clips with the question of the protocol; a clip's own question stays.
+
+        Raises:
+            ValueError: the protocol is open, and a clip's own question lists options.
+        """
         question = self.recipe.question
+        if self.protocol == "open" and any(clip.options for clip in clips):
+            raise ValueError(
+                f"{self.recipe.name}: clips come with answer options, which is the mcq protocol: "
+                "set protocol=mcq (--data.protocol mcq), which keeps their questions as they are."
+            )
         if self.protocol == "mcq":
             labels = {label for clip in clips for label in clip.labels}
             return mcq(clips, sorted(labels), self.num_options, seed=self.options_seed, question=question)
@@ -232,7 +201,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             ValueError: a class is left without any support clip.
         """
         self.skipped = dict(unusable)
-        left = {self.labels[i] for i in self.usable("support")}
+        labels = self.labels[self.usable("support")]
+        left = set((labels.any(0).nonzero()[:, 0] if self.multi_label else labels).tolist())
         emptied = [name for index, name in enumerate(self.classes) if index not in left]
         if emptied:
             raise ValueError(
@@ -246,9 +216,37 @@ class AudioEpisodeDataModule(L.LightningDataModule):
     # What is streamed
 
     def support(self) -> LabelledHeads:
-        """The support set's head outputs and labels, whole: it is what few-shot learning keeps in memory."""
+        """The support set's head outputs and labels, whole: it is what few-shot learning keeps in memory.
+
+        A clip with several labels comes once for each of them, as an example of that class.
+        """
         positions = self.usable("support")
-        return next(iter(StoredHeads(self.store, self.keys, self.labels, positions, chunk=max(1, len(positions)))))
+        found = next(iter(StoredHeads(self.store, self.keys, self.labels, positions, chunk=max(1, len(positions)))))
+        if not self.multi_label:
+            return found
+        rows, labels = found.labels_B.nonzero(as_tuple=True)
+        return LabelledHeads(found.indices_B[rows], found.heads_BKD[rows], labels)
+
+    def among_options(self, indices_B: Tensor, probabilities_BC: Tensor) -> Tensor:
+        """With ``within_options`` the probabilities without classes that the clips' questions do not list.
+
+        Rows sum to 1 again; where a method gives none of the options any probability, they share it.
+
+        Raises:
+            ValueError: a clip's options are no classes.
+        """
+        if not self.within_options:
+            return probabilities_BC
+        index = {name: c for c, name in enumerate(self.classes)}
+        listed_BC = torch.zeros_like(probabilities_BC)
+        for row, clip in enumerate(self.clips_at(indices_B.tolist())):
+            options = clip.options or ()
+            unknown = [option for option in options if option not in index]
+            if unknown or not options:
+                raise ValueError(f"{clip.audio}: its options {', '.join(options)} are not among the classes.")
+            listed_BC[row, [index[option] for option in options]] = 1
+        kept_BC = probabilities_BC * listed_BC + torch.finfo(torch.float32).tiny * listed_BC
+        return kept_BC / kept_BC.sum(1, keepdim=True)
 
     def train_dataloader(self) -> DataLoader[int]:
         """One item an optimiser step, whose episodes follow from its number; how many steps, the module decides."""
@@ -315,7 +313,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         return {
             "dataset": self.recipe.name,
             "backbone": self.backbone.name,
-            "protocol": self.protocol,
+            **self.protocol_description(),
             "shots": self.shots,
             "seed": self.seed,
             "num_classes": len(self.classes),
@@ -327,6 +325,14 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                 *({"audio": error.partition(": ")[0], "reason": error} for error in self.stream_errors),
             ],
         }
+
+    def protocol_description(self) -> dict[str, Any]:
+        """The protocol, and what it was given; results that differ in it are not compared."""
+        asked: dict[str, Any] = {"protocol": self.protocol}
+        if self.protocol == "mcq":
+            asked |= {"num_options": self.num_options, "options_seed": self.options_seed}
+            asked |= {"within_options": self.within_options}
+        return asked
 
 
 def default_run_dir(dataset: str, backbone: str, shots: int | None, seed: int) -> Path:

@@ -26,7 +26,8 @@ def mcq(
     label, whose wrong options are none of its labels.
 
     Args:
-        clips: labelled clips; a question of their own is kept and the options are added to it.
+        clips: labelled clips; a question of their own is kept and the options are added to it. A clip that has
+            options of its own stays as it is.
         labels: all classes of the data set.
         num_options: options a question, the true one included.
         letters: "A. Dog bark B. Rain" on one line; otherwise one option a line.
@@ -41,10 +42,13 @@ def mcq(
     """
     known = sorted(set(labels))
     limit = min(len(known), len(string.ascii_uppercase)) if letters else len(known)
-    if not 2 <= num_options <= limit:
+    if not 2 <= num_options <= limit and not all(clip.options for clip in clips):
         raise ValueError(f"num_options is {num_options}; with {len(known)} labels it must be 2 to {limit}")
     asked = []
     for clip in clips:
+        if clip.options:
+            asked.append(clip)
+            continue
         if not clip.labels:
             raise ValueError(f"{clip.audio}: has no label, and options need the true one among them")
         wrong = [label for label in known if label not in clip.labels]

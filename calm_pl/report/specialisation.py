@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from calm_pl.classifier import CalmClassifier
-from calm_pl.data.datamodule import TEST_CHUNK, AudioEpisodeDataModule, LabelledHeads, StoredHeads
+from calm_pl.data.datamodule import AudioEpisodeDataModule
+from calm_pl.data.labelled import TEST_CHUNK, LabelledHeads, StoredHeads
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.report.run import Run, heads_for, trusted_weights
 from calm_pl.training.extraction import weights_dtype
@@ -82,6 +83,8 @@ def specialisation(folder: str | Path) -> Specialisation:
         raise ValueError(f"{folder}: the method it keeps ({run.kept}) does not weigh heads.")
     method = CalmClassifier.from_pretrained(run.folder, device="cpu").method
     data = _open_data(run)
+    if data.multi_label:
+        raise ValueError(f"{folder}: its clips have several labels; accuracy by class is for one label a clip.")
     support = data.support()
     batches = list(StoredHeads(data.store, data.keys, data.labels, data.usable("test")))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -32,6 +33,7 @@ from calm_pl.training.extraction import HeadExtraction, extract_missing, weights
 from calm_pl.training.results import write_json
 
 ROWS_FILE = "rows.csv"
+QUESTION_FILE = "question.json"
 TABLE_WIDTH = 120
 
 
@@ -55,6 +57,8 @@ def run_comparison(
     """
     data.recipe.prepare()
     clips, folds = clips_and_folds(data.recipe)
+    clips = data.asked(clips)
+    check_same_question(data, out)
     heads_NKD, labels_N, usable = _heads(trainer, data, clips)
     folds = [_only(fold, usable) for fold in folds]
     rows = read_rows(out / ROWS_FILE)
@@ -75,6 +79,23 @@ def run_comparison(
             rows.append(row)
             task.advance(note=f"{row.method}, {row.shots} shots")
     return rows
+
+
+def check_same_question(data: AudioEpisodeDataModule, out: Path) -> None:
+    """Remember what a folder's rows are about; rows of another question never join them.
+
+    Raises:
+        ValueError: the folder holds rows of another data set, backbone or protocol; names both.
+    """
+    asked = {"dataset": data.recipe.name, "backbone": data.backbone.name, **data.protocol_description()}
+    file = out / QUESTION_FILE
+    if not file.exists():
+        write_json(file, asked)
+        return
+    known = json.loads(file.read_text())
+    if known != asked:
+        before, now = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (known, asked))
+        raise ValueError(f"{out} holds a comparison of {before}; this one is of {now}: give it another folder (--out).")
 
 
 def clips_and_folds(recipe: Recipe) -> tuple[list[Clip], list[Fold]]:
@@ -102,7 +123,16 @@ def clips_and_folds(recipe: Recipe) -> tuple[list[Clip], list[Fold]]:
 
 
 def _heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[Clip]) -> tuple[Tensor, Tensor, Tensor]:
-    """Head outputs (N, K, D) and labels of all clips; clips that cannot be used are False in the mask."""
+    """Head outputs (N, K, D) and labels of all clips; clips that cannot be used are False in the mask.
+
+    Raises:
+        ValueError: clips have several labels.
+    """
+    if any(len(clip.labels) > 1 for clip in clips):
+        raise ValueError(
+            f"{data.recipe.name}: clips have several labels, which compare cannot count: use `calm fit`, or "
+            "--data.protocol mcq, which asks for each label alone."
+        )
     store = data.make_store(weights_dtype(trainer.precision))
     unusable = extract_missing(trainer, clips, HeadExtraction(data.backbone), store, data.batch_size, data.num_workers)
     for reason in unusable.values():

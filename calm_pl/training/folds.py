@@ -17,13 +17,11 @@ from calm_pl.data.recipes import Recipe
 from calm_pl.methods.compare import half_width
 from calm_pl.progress import quiet, say
 from calm_pl.training.finished import is_finished
-from calm_pl.training.results import print_table, write_json
+from calm_pl.training.results import NO_SHARE, print_table, write_json
 from calm_pl.training.trainer import CalmTrainer
 
 if TYPE_CHECKING:
     from calm_pl.training.cli import CalmCLI
-
-SHARES = ("accuracy", "macro_f1", "ece", "exact_match", "sample_f1", "map", "eer")  # between 0 and 1
 
 
 def folds_of(recipe: Recipe) -> list[int]:
@@ -109,6 +107,6 @@ def _mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         values = [one[name] for one in figures]
         mean, half = statistics.fmean(values), half_width(values)
-        highest = 1.0 if name in SHARES else float("inf")
+        highest = float("inf") if name in NO_SHARE else 1.0
         found[name], found[f"{name}_interval"] = mean, [max(0.0, mean - half), min(highest, mean + half)]
     return found

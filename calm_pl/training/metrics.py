@@ -41,7 +41,10 @@ class ClipScores(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, indices_B: Tensor, probabilities_BC: Tensor, labels_B: Tensor) -> None:
-        """Add a batch: positions of the clips, class probabilities, true classes (-1 where unknown)."""
+        """Add a batch: positions of the clips, class probabilities, true classes (-1 where unknown).
+
+        Clips with several labels have rows (B, C) of 0 and 1 in place of true classes, without a 1 where unknown.
+        """
         self.indices.append(indices_B)
         self.labels.append(labels_B)
         self.probabilities.append(probabilities_BC.float())
@@ -64,10 +67,15 @@ class ClipScores(Metric):
         )
 
     def compute(self) -> dict[str, Any]:
-        """Figures of the clips with a label: see :func:`figures`."""
-        _, probabilities_NC, labels_N = self._gathered()
-        known_N = labels_N >= 0
-        return figures(probabilities_NC[known_N], labels_N[known_N])
+        """Figures of the clips with a label: see :func:`figures`, and `multi_label_figures` for several labels."""
+        _, probabilities_NC, labels = self._gathered()
+        if labels.ndim == 2:
+            from calm_pl.training.multilabel import multi_label_figures
+
+            known_N = labels.bool().any(1)
+            return multi_label_figures(probabilities_NC[known_N], labels[known_N])
+        known_N = labels >= 0
+        return figures(probabilities_NC[known_N], labels[known_N])
 
 
 def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
@@ -91,9 +99,14 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
     draws = [_figures_of(C, *(column[rows_N] for column in columns)) for rows_N in resamples_RN]
     for name in list(results):
         values_R = torch.tensor([draw[name] for draw in draws])
-        results[f"{name}_interval"] = [float(values_R.quantile(q)) for q in (0.025, 0.975)]
+        results[f"{name}_interval"] = percentiles(values_R)
     results["accuracy_interval"] = wilson_interval(int((prediction_N == labels_N).sum()), N)
     return results
+
+
+def percentiles(values_R: Tensor) -> list[float]:
+    """The middle 95 % of bootstrap values; NaN, where a resample has no such figure, do not count."""
+    return [float(values_R.nanquantile(q)) for q in (0.025, 0.975)]
 
 
 def wilson_interval(correct: int, total: int) -> list[float]:

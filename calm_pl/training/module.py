@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from calm_pl.classifier import CalmClassifier
-from calm_pl.data.datamodule import STEPS_PER_EPOCH, AudioEpisodeDataModule, LabelledHeads
+from calm_pl.data.datamodule import AudioEpisodeDataModule
+from calm_pl.data.labelled import STEPS_PER_EPOCH, LabelledHeads
 from calm_pl.data.stream import ClipBatch
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.base import HeadClassifier
@@ -26,6 +27,7 @@ from calm_pl.progress import Task
 from calm_pl.training.extraction import HeadExtraction, extract_missing, weights_dtype
 from calm_pl.training.metrics import ClipScores
 from calm_pl.training.progress import shows_progress
+from calm_pl.training.spoofing import GENUINE, attack_table, is_spoofing, spoofing_figures
 from calm_pl.training.zero_shot import Answers, ZeroShot
 
 CHECKPOINT_KEY = "calm_pl"
@@ -199,7 +201,8 @@ class CalmModule(L.LightningModule):
 
     def results(self) -> dict[str, Any]:
         """``results.json``: what was asked, every method's figures, and how long it took."""
-        return {**self.data.description(), "methods": self.figures, "timing": self.timing}
+        attacks = {"attacks": self.attacks} if self.attacks else {}
+        return {**self.data.description(), "methods": self.figures, **attacks, "timing": self.timing}
 
     # Testing
 
@@ -207,7 +210,8 @@ class CalmModule(L.LightningModule):
         self.scores = {name: ClipScores().to(self.device) for name in self.methods}
         nothing = torch.empty(0, dtype=torch.long, device=self.device)
         for scores in self.scores.values():  # so that a rank without clips has states of the right shape to gather
-            scores.update(nothing, torch.empty(0, len(self.classes), device=self.device), nothing)
+            no_labels = self.data.labels[:0].to(self.device)
+            scores.update(nothing, torch.empty(0, len(self.classes), device=self.device), no_labels)
         self._scoring_started = time.perf_counter()
 
     def on_test_epoch_start(self) -> None:
@@ -222,14 +226,16 @@ class CalmModule(L.LightningModule):
     def test_step(self, batch: LabelledHeads, batch_idx: int) -> None:
         with full_precision(self.device):
             for name, method in self.methods.items():
-                self.scores[name].update(batch.indices_B, method(batch.heads_BKD), batch.labels_B)
+                probabilities_BC = self.data.among_options(batch.indices_B, method(batch.heads_BKD))
+                self.scores[name].update(batch.indices_B, probabilities_BC, batch.labels_B)
 
     def validation_step(self, batch: LabelledHeads, batch_idx: int) -> None:
         self.test_step(batch, batch_idx)
 
     def predict_step(self, batch: LabelledHeads, batch_idx: int) -> Tensor:
         with full_precision(self.device):
-            probabilities_BC: Tensor = self.methods[self.classifier](batch.heads_BKD)
+            probabilities_BC = self.methods[self.classifier](batch.heads_BKD)
+            probabilities_BC = self.data.among_options(batch.indices_B, probabilities_BC)
         self.scores[self.classifier].update(batch.indices_B, probabilities_BC, batch.labels_B)
         return probabilities_BC
 
@@ -251,12 +257,26 @@ class CalmModule(L.LightningModule):
         elif self.zero_shot and self.trainer.is_global_zero:
             print(f"zero_shot is left out: {self.data.backbone.name} transcribes, and answers no questions")
         self.figures = {name: scores.compute() for name, scores in self.scores.items()}
+        self.attacks = self._spoofing_figures() if is_spoofing(self.classes) else {}
         self.timing[f"{part}_seconds"] = time.perf_counter() - self._scoring_started
         for name, figures in self.figures.items():
             for figure, value in figures.items():
                 if not figure.endswith("_interval"):
                     # Gathered over ranks already: every rank holds the same number.
                     self.log(f"{part}/{name}/{figure}", value, rank_zero_only=True)
+
+    def _spoofing_figures(self) -> dict[str, Any]:
+        """Add the equal error rates; return figures by attack for each method, where the recipe knows attacks."""
+        attacks: dict[str, str] = getattr(self.data.recipe, "attacks", dict)()
+        genuine, tables = self.classes.index(GENUINE), {}
+        for name, scores in self.scores.items():
+            indices_N, probabilities_NC, labels_N = scores.of_all_ranks()
+            scores_N, known_N = probabilities_NC[:, genuine], labels_N >= 0
+            self.figures[name].update(spoofing_figures(scores_N[known_N], labels_N[known_N] == genuine))
+            if attacks:
+                files = [clip.audio for clip in self.data.clips_at(indices_N.tolist())]
+                tables[name] = attack_table(scores_N, probabilities_NC.argmax(1) != genuine, files, attacks)
+        return tables
 
     def _zero_shot_scores(self, part: str) -> ClipScores:
         """What the model answers when asked in words, kept in a head store of its own."""
@@ -272,7 +292,7 @@ class CalmModule(L.LightningModule):
         scores.update(
             torch.tensor(positions[share], device=self.device),
             extraction.probabilities(kept_BV, clips[share]).to(self.device),
-            torch.tensor([data.labels[i] for i in positions[share]], device=self.device),
+            data.labels[positions[share]].to(self.device),
         )
         return scores
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
-from calm_pl.data.datamodule import LabelledHeads
+from calm_pl.data.labelled import LabelledHeads
 from calm_pl.data.stream import ClipBatch
 from calm_pl.progress import Task, say
 

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from calm_pl.clip import Clip
 
+# What a table shows, by the kind of task; the rest is in results.json.
 COLUMNS = {"accuracy": "accuracy %", "macro_f1": "macro-F1 %", "nll": "NLL", "ece": "ECE %"}
-PERCENT = ("accuracy", "macro_f1", "ece")
-WITH_INTERVAL = ("accuracy", "macro_f1")  # the others' are in results.json; a terminal is 80 columns wide
+MULTI_LABEL_COLUMNS = {
+    "map": "mAP %", "sample_f1": "sample F1 %", "exact_match": "exact %", "accuracy": "top-1 %",
+}  # fmt: skip
+SPOOFING_COLUMNS = {"accuracy": "accuracy %", "eer": "EER %", "macro_f1": "macro-F1 %", "nll": "NLL"}
+NO_SHARE = ("nll", "brier")
+WITH_INTERVAL = 2  # of the columns, the first ones: a terminal is 80 columns wide
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,21 +42,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str], probabilities_NC: Tensor) -> None:
     """Write ``path,label,prediction,confidence``, one line a clip, in the clips' order.
 
-    Where clips are parts of files, ``start,end`` (seconds) come after.
+    Of a clip with n labels, the n most probable classes are its prediction, joined by ``|`` as its labels are. Where
+    clips are parts of files, ``start,end`` (seconds) come after.
     """
-    confidence_N, prediction_N = probabilities_NC.max(1)
+    confidence_N = probabilities_NC.amax(1)
+    order_NC = probabilities_NC.argsort(dim=1, descending=True, stable=True)
     with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         parts = any(clip.start is not None or clip.end is not None for clip in clips)
         writer.writerow(["path", "label", "prediction", "confidence", *(["start", "end"] if parts else [])])
-        for clip, prediction, confidence in zip(clips, prediction_N.tolist(), confidence_N.tolist(), strict=True):
+        for clip, order_C, confidence in zip(clips, order_NC, confidence_N.tolist(), strict=True):
+            said = [classes[c] for c in order_C[: max(1, len(clip.labels))].tolist()]
             part = [clip.start, clip.end] if parts else []
-            writer.writerow([clip.audio, "|".join(clip.labels), classes[prediction], f"{confidence:.6f}", *part])
+            writer.writerow([clip.audio, "|".join(clip.labels), "|".join(said), f"{confidence:.6f}", *part])
         write_text(path, file.getvalue())
 
 
 def results_table(results: Mapping[str, Any], clips: int, part: str = "test") -> Table:
-    """The methods of one run side by side, best accuracy in bold, with 95 % intervals; of several folds their means."""
+    """The methods of one run side by side, the best in bold, with 95 % intervals; of several folds their means."""
     over = f"{len(results['folds'])} folds" if "folds" in results else f"the {part} clips"
     shots = "all" if results["shots"] is None else results["shots"]
     table = Table(
@@ -61,20 +69,40 @@ def results_table(results: Mapping[str, Any], clips: int, part: str = "test") ->
         ),
         caption=f"\\[low, high]: 95 % interval over {over}",
     )
+    columns = columns_of(results)
     table.add_column("method", no_wrap=True)
-    for title in COLUMNS.values():
+    for title in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
-    best = max((figures["accuracy"] for figures in results["methods"].values()), default=0.0)
+    leading = next(iter(columns))
+    best = max((figures[leading] for figures in results["methods"].values() if figures), default=0.0)
     for name, figures in results["methods"].items():
-        style = "bold" if figures["accuracy"] == best else ""
-        table.add_row(name, *(_cell(figures, column) for column in COLUMNS), style=style)
+        style = "bold" if figures[leading] == best else ""
+        cells = (_cell(figures, column, number < WITH_INTERVAL) for number, column in enumerate(columns))
+        table.add_row(name, *cells, style=style)
     return table
 
 
-def _cell(figures: Mapping[str, Any], column: str) -> str:
-    scale, digits = (100, 1) if column in PERCENT else (1, 3)
+def columns_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """Names and titles of the figures that a table of these results shows; methods are ranked by the first."""
+    names = {name for figures in results["methods"].values() for name in figures}
+    return MULTI_LABEL_COLUMNS if "map" in names else SPOOFING_COLUMNS if "eer" in names else COLUMNS
+
+
+def attacks_table(results: Mapping[str, Any]) -> Table:
+    """Equal error rate of every method (columns) against each attack (rows)."""
+    tables = results["attacks"]
+    table = Table(title="EER % by attack, against all genuine clips")
+    for title in ("attack", "clips", *tables):
+        table.add_column(title, justify="right", no_wrap=True)
+    for attack, about in next(iter(tables.values())).items():
+        table.add_row(attack, str(about["clips"]), *(f"{100 * of[attack]['eer']:.1f}" for of in tables.values()))
+    return table
+
+
+def _cell(figures: Mapping[str, Any], column: str, interval: bool) -> str:
+    scale, digits = (1, 3) if column in NO_SHARE else (100, 1)
     text = f"{round(figures[column] * scale, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
-    if column in WITH_INTERVAL:
+    if interval:
         low, high = figures[f"{column}_interval"]
         text += f" \\[{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
     return text
@@ -84,6 +112,8 @@ def print_table(results: Mapping[str, Any], clips: int, part: str = "test") -> N
     """Print :func:`results_table` of the ``clips`` of one part, and who was left out."""
     console = Console()
     console.print(results_table(results, clips, part))
+    if results.get("attacks"):
+        console.print(attacks_table(results))
     if results["skipped"]:
         console.print(f"[yellow]{len(results['skipped'])} clips could not be used:[/yellow]")
         for skipped in results["skipped"][:10]:

@@ -46,6 +46,10 @@ class Mlaad:
     def clips(self) -> list[Clip]:
         return split_clips([*self._spoofed(), *self._genuine()], self.test_fraction, self.seed)
 
+    def attacks(self) -> dict[str, str]:
+        """The generator by audio path, of spoofed clips: for a table by generator."""
+        return {clip.audio: Path(clip.audio).parent.name for clip in self._spoofed()}
+
     def _spoofed(self) -> list[Clip]:
         root = data_root(self.name, self.data_dir)
         clips = []

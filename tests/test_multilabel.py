@@ -1,0 +1,166 @@
+"""Several labels a clip: figures against slow ones written out by hand, and the way through the data module."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.classification import multilabel_f1_score
+
+from calm_pl import AudioEpisodeDataModule, Backbone
+from calm_pl.clip import Clip
+from calm_pl.data import write_manifest
+from calm_pl.data.recipes import Manifest
+from calm_pl.training.metrics import figures
+from calm_pl.training.multilabel import mean_average_precision_draws, multi_label_figures
+from calm_pl.training.results import columns_of, results_table
+from tests.conftest import tone
+from tests.test_run import calm
+
+
+@st.composite
+def scored_clips(draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random probabilities, some of them equal, and one to three labels a clip."""
+    clips, classes = draw(st.integers(1, 12)), draw(st.integers(2, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    steps = draw(st.sampled_from([4, 1000]))  # few steps make ties
+    scores_NC = (torch.rand(clips, classes, generator=generator) * steps).ceil()
+    labels_NC = torch.zeros(clips, classes, dtype=torch.uint8)
+    for row in labels_NC:
+        count = int(torch.randint(1, min(3, classes) + 1, (), generator=generator))
+        row[torch.randperm(classes, generator=generator)[:count]] = 1
+    return scores_NC / scores_NC.sum(1, keepdim=True), labels_NC
+
+
+def best(row: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(row)), key=lambda c: -row[c])[:count])
+
+
+def slow_average_precision(scores: list[float], truth: list[int]) -> float:
+    total = sum(truth)
+    found, recall = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        said = [t for s, t in zip(scores, truth, strict=True) if s >= threshold]
+        found += (sum(said) / total - recall) * sum(said) / len(said)
+        recall = sum(said) / total
+    return found
+
+
+@settings(deadline=None, max_examples=30)  # 500 resamples each
+@given(scored_clips())
+def test_figures_are_those_of_the_definitions(clips):
+    probabilities_NC, labels_NC = clips
+    exact, f1s = [], []
+    for row, truth in zip(probabilities_NC.tolist(), labels_NC.tolist(), strict=True):
+        true = {c for c, label in enumerate(truth) if label}
+        said = best(row, len(true))
+        exact.append(said == true)
+        f1s.append(2 * len(said & true) / (len(said) + len(true)))
+    precisions = [
+        slow_average_precision(probabilities_NC[:, c].tolist(), labels_NC[:, c].tolist())
+        for c in range(labels_NC.shape[1]) if labels_NC[:, c].any()
+    ]  # fmt: skip
+    found = multi_label_figures(probabilities_NC, labels_NC)
+    assert found["exact_match"] == pytest.approx(sum(exact) / len(exact))
+    assert found["sample_f1"] == pytest.approx(sum(f1s) / len(f1s))
+    if len(labels_NC) > 1:
+        counts_N, classes = labels_NC.sum(1), labels_NC.shape[1]
+        said_NC = torch.stack(
+            [
+                row.topk(int(n)).indices.bincount(minlength=classes)
+                for row, n in zip(probabilities_NC - 1e-5 * torch.arange(classes), counts_N, strict=True)
+            ]
+        )
+        each_N = multilabel_f1_score(
+            said_NC[..., None], labels_NC[..., None].long(), classes, average="micro", multidim_average="samplewise"
+        )
+        assert found["sample_f1"] == pytest.approx(float(each_N.mean()), abs=1e-6)
+    assert found["map"] == pytest.approx(sum(precisions) / len(precisions), abs=1e-5)
+    for name in ("exact_match", "sample_f1", "map", "accuracy", "macro_f1"):
+        low, high = found[f"{name}_interval"]
+        assert 0 <= low <= high <= 1 + 1e-6
+
+
+@given(scored_clips(), st.integers(0, 2**31))
+def test_resampled_map_is_that_of_the_clips_repeated(clips, seed):
+    probabilities_NC, labels_NC = clips
+    rows_N = torch.randint(len(labels_NC), (len(labels_NC),), generator=torch.Generator().manual_seed(seed))
+    drawn_RN = torch.bincount(rows_N, minlength=len(labels_NC))[None].float()
+    repeated_NC, truth_NC = probabilities_NC[rows_N], labels_NC[rows_N]
+    expected = [
+        slow_average_precision(repeated_NC[:, c].tolist(), truth_NC[:, c].tolist())
+        for c in range(labels_NC.shape[1]) if truth_NC[:, c].any()
+    ]  # fmt: skip
+    found_R = mean_average_precision_draws(probabilities_NC, labels_NC, drawn_RN)
+    assert found_R.tolist() == pytest.approx([sum(expected) / len(expected)], abs=1e-5)
+
+
+def test_one_label_a_clip_is_the_common_case():
+    generator = torch.Generator().manual_seed(1)
+    probabilities_NC = torch.rand(40, 4, generator=generator).softmax(1)
+    labels_N = torch.arange(40) % 4
+    one, several = figures(probabilities_NC, labels_N), multi_label_figures(probabilities_NC, torch.eye(4)[labels_N])
+    for name in ("accuracy", "macro_f1", "nll", "brier", "ece"):
+        assert several[name] == pytest.approx(one[name], abs=1e-5)
+    assert several["exact_match"] == several["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def chords(tmp_path_factory) -> Path:
+    """Two pure tones and both together: the third kind has two labels."""
+    folder = tmp_path_factory.mktemp("chords")
+    clips = []
+    for split, count in (("train", 3), ("test", 2)):
+        for number in range(count):
+            for label in (("low",), ("high",), ("high", "low")):
+                frequency = {("low",): 200, ("high",): 3000}.get(label, 900)
+                path = tone(folder / split / f"{'-'.join(label)}{number}.wav", frequency, 0.4, number)
+                clips.append(Clip(str(path), label, split))
+    write_manifest(clips, folder / "clips.jsonl")
+    return folder / "clips.jsonl"
+
+
+def test_a_clip_is_an_example_of_each_of_its_labels(chords, tiny_lalm, tmp_path):
+    data = AudioEpisodeDataModule(Manifest(str(chords)), Backbone(tiny_lalm), shots=None)
+    data.setup()
+    assert data.multi_label and data.classes == ["high", "low"]
+    assert data.labels[data.usable("support")].sum(0).tolist() == [6, 6]
+    alone = AudioEpisodeDataModule(
+        Manifest(str(chords)), Backbone(tiny_lalm), shots=None, protocol="mcq", num_options=2
+    )
+    with pytest.raises(ValueError, match="2 options need 1 labels that it does not have"):
+        alone.setup()
+
+
+def test_fit_tells_what_several_labels_ask_for(chords, tiny_lalm, tmp_path, capsys):
+    calm(
+        "fit", "--data", "manifest", "--data.recipe.init_args.data_dir", chords, "--backbone", tiny_lalm,
+        "--data.shots", "2", "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--run_dir", tmp_path,
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in ("mAP %", "sample F1 %", "exact %", "top-1 %"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    methods = {"zero_shot", "sav", "grw", "calm", "calm_whitened", "calm_learned", "linear_probe"}
+    assert results["methods"].keys() == methods and results["splits"]["test"] == 6
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    exact = [set(row["label"].split("|")) == set(row["prediction"].split("|")) for row in rows]
+    assert sum(exact) / 6 == pytest.approx(results["methods"]["calm_learned"]["exact_match"])
+    assert all(len(row["label"].split("|")) == len(row["prediction"].split("|")) for row in rows)
+    assert (tmp_path / "report.html").is_file()
+    with pytest.raises(SystemExit, match="several labels, which compare cannot count"):
+        calm("compare", "--data", "manifest", "--data.recipe.init_args.data_dir", chords, "--backbone", tiny_lalm,
+             "--out", tmp_path / "compared")  # fmt: skip
+
+
+def test_the_best_map_is_in_bold():
+    base = {name: 0.5 for name in ("sample_f1", "exact_match", "accuracy", "map")}
+    base |= {f"{name}_interval": [0.4, 0.6] for name in base}
+    results = {"dataset": "d", "backbone": "b", "shots": 1, "seed": 0, "protocol": "open",
+               "methods": {"a": base, "b": {**base, "map": 0.6}}}  # fmt: skip
+    assert next(iter(columns_of(results))) == "map"
+    assert [row.style for row in results_table(results, 6).rows] == ["", "bold"]
