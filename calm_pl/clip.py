@@ -25,6 +25,7 @@ class Clip:
         question: what the prompt asks about this clip, instead of the backbone's own question.
         options: the answers that the question lists.
         video: absolute path of the file whose pictures are shown with it; without one, `audio`'s own are.
+        confidence: how sure its label is, from 0 to 1, where a model gave it; None where a person did.
     """
 
     audio: str
@@ -36,6 +37,7 @@ class Clip:
     question: str | None = None
     options: tuple[str, ...] | None = None
     video: str | None = None
+    confidence: float | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:

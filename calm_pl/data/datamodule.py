@@ -30,6 +30,7 @@ from calm_pl.data.stream import (
     of_all_ranks,
     stream_loader,
 )
+from calm_pl.data.unlabelled import relabelled
 from calm_pl.headstore import HeadStore
 
 
@@ -47,6 +48,10 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         protocol: ``open`` (the prompt names no class) or ``mcq`` (it lists options, the true one among them).
         num_options: answers listed in a prompt of the ``mcq`` protocol.
         options_seed: draws the wrong answers and their order; one clip gets the same options in every run.
+        pseudo_labels: manifest of `calm pseudolabel`: training clips get its labels, and those that it lacks are left
+            out; test clips keep the true ones.
+        by_confidence: the surer a clip's label, the likelier it is in the support set (clips without a confidence
+            count as sure).
         within_options: in the ``mcq`` protocol, predict only among the options that a clip's question lists.
         batch_size: clips in one pass of the backbone; ``auto`` finds what fits the GPU.
         num_workers: processes that decode audio while the backbone computes.
@@ -65,6 +70,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         num_options: int = 4,
         options_seed: int = 0,
         within_options: bool = False,
+        pseudo_labels: str | None = None,
+        by_confidence: bool = False,
         batch_size: BatchSize = 8,
         num_workers: int = 2,
         store: str | None = None,
@@ -85,6 +92,10 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         self.num_options = num_options
         self.options_seed = options_seed
         self.within_options = within_options
+        if pseudo_labels and protocol != "open":
+            raise ValueError("pseudo_labels are for protocol=open: options would tell the true label.")
+        self.pseudo_labels = pseudo_labels
+        self.by_confidence = by_confidence
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.store_root = store
@@ -130,7 +141,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         pool = [clip for clip in clips if clip.split == "train"]
         test = [clip for clip in clips if clip.split == "test"]
         check_disjoint(pool, test)
-        support = [pool[i] for i in draw_support(pool, self.shots, self.seed)]
+        true = {(clip.audio, clip.start, clip.end): clip.labels for clip in pool}
+        if self.pseudo_labels:
+            pool = relabelled(pool, self.pseudo_labels)
+        support = [pool[i] for i in draw_support(pool, self.shots, self.seed, self.by_confidence)]
+        self.support_right = sum(clip.labels == true[clip.audio, clip.start, clip.end] for clip in support)
         validation = [clip for clip in clips if clip.split == "val"]
         self.clips = [*support, *test, *validation]
         ends = [len(support), len(support) + len(test), len(self.clips)]
@@ -314,6 +329,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             "dataset": self.recipe.name,
             "backbone": self.backbone.name,
             **self.protocol_description(),
+            **self._pseudo_description(),
             "shots": self.shots,
             "seed": self.seed,
             "num_classes": len(self.classes),
@@ -333,6 +349,12 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             asked |= {"num_options": self.num_options, "options_seed": self.options_seed}
             asked |= {"within_options": self.within_options}
         return asked
+
+    def _pseudo_description(self) -> dict[str, Any]:
+        """Where the support labels come from a model: how many of them are right, by the true labels."""
+        if not self.pseudo_labels:
+            return {}
+        return {"pseudo_labels": {"right": self.support_right, "of": len(self.parts["support"])}}
 
 
 def default_run_dir(dataset: str, backbone: str, shots: int | None, seed: int) -> Path:

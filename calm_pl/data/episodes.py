@@ -40,6 +40,8 @@ class EpisodeStream(IterableDataset[Episode]):
         way: classes of an episode; None takes all.
         shots: support clips a class.
         queries: query clips a class, none of them in the support.
+        query_N: which clips are queries, the others being support: a data set's own split, which keeps sources apart.
+            None: any clip may be either.
         count: how many episodes.
         seed: of all draws.
         rank: of this process.
@@ -60,6 +62,7 @@ class EpisodeStream(IterableDataset[Episode]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        query_N: Tensor | None = None,
     ) -> None:
         self.heads_NKD, self.labels_N = heads_NKD, labels_N
         self.members = [(labels_N == c).nonzero()[:, 0] for c in range(int(labels_N.max()) + 1)]
@@ -68,12 +71,22 @@ class EpisodeStream(IterableDataset[Episode]):
         self.rank, self.world_size = rank, world_size
         if self.way > len(self.members):
             raise ValueError(f"way={way}: there are {len(self.members)} classes.")
-        short = {c: len(found) for c, found in enumerate(self.members) if len(found) < shots + queries}
-        if short:
-            raise ValueError(
-                f"{shots} shots and {queries} queries need {shots + queries} clips a class; these have fewer "
-                f"(class: clips): {short}"
-            )
+        self.query_N = query_N
+        needs = {"clips": shots + queries} if query_N is None else {"support clips": shots, "query clips": queries}
+        for kind, needed in needs.items():
+            counts = {c: len(found) for c, found in enumerate(self._of_kind(kind))}
+            short = {c: count for c, count in counts.items() if count < needed}
+            if short:
+                raise ValueError(
+                    f"{shots} shots and {queries} queries need {needed} {kind} a class; these have fewer "
+                    f"(class: {kind}): {short}"
+                )
+
+    def _of_kind(self, kind: str) -> list[Tensor]:
+        if self.query_N is None:
+            return self.members
+        wanted_N = self.query_N if kind == "query clips" else ~self.query_N
+        return [found[wanted_N[found]] for found in self.members]
 
     def __iter__(self) -> Iterator[Episode]:
         worker = get_worker_info()
@@ -88,8 +101,12 @@ class EpisodeStream(IterableDataset[Episode]):
         support, queries = [], []
         for c in classes.tolist():
             order = self.members[c][torch.randperm(len(self.members[c]), generator=generator)]
-            support.append(order[: self.shots])
-            queries.append(order[self.shots : self.shots + self.queries])
+            if self.query_N is None:
+                support.append(order[: self.shots])
+                queries.append(order[self.shots : self.shots + self.queries])
+            else:
+                support.append(order[~self.query_N[order]][: self.shots])
+                queries.append(order[self.query_N[order]][: self.queries])
         own_labels = torch.arange(self.way)
         return Episode(
             number,

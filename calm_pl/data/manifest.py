@@ -23,9 +23,11 @@ class ManifestError(ValueError):
     """A manifest that cannot be read; the message starts with the file and the line."""
 
 
-# The published code's JSON calls these otherwise; "answer" repeats the label.
+# The published code's JSON calls these otherwise.
 _ALIASES = {"wav": "audio", "mapped_label": "label"}
 _SPLIT_ALIASES = {"support": "train"}
+# Told to people alone: "answer" repeats the label, "prediction" is what a model guesses of a clip to be labelled.
+_HINTS = ("answer", "prediction")
 _FIELDS = tuple(field.name for field in fields(Clip))
 
 
@@ -139,7 +141,7 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
         name = _ALIASES.get(key, key)
         if name in _FIELDS and value is not None:
             values.setdefault(name, value)
-        elif name not in (*_FIELDS, "answer"):
+        elif name not in (*_FIELDS, *_HINTS):
             ignored[key] += 1
     if not values.get("audio") and not values.get("video"):
         raise ManifestError(f"{where}: no 'audio' (a path); found {', '.join(row) or 'nothing'}")
@@ -160,6 +162,8 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
     for name in ("start", "end"):
         if name in values:
             values[name] = _seconds(values[name], name, where)
+    if "confidence" in values:
+        values["confidence"] = _share(values["confidence"], where)
     if values.get("end", math.inf) <= values.get("start", 0.0):
         raise ManifestError(f"{where}: end {values['end']:g} s is not after start {values.get('start', 0):g} s")
     return Clip(**values)
@@ -186,6 +190,16 @@ def _seconds(value: Any, name: str, where: str) -> float:
     if not (0 <= seconds < math.inf):
         raise ManifestError(f"{where}: {name} must be seconds, 0 or more, found {value!r}")
     return seconds
+
+
+def _share(value: Any, where: str) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ManifestError(f"{where}: confidence must be a number from 0 to 1, found {value!r}")
+    return share
 
 
 def _read_folder(root: Path) -> list[Clip]:

@@ -13,7 +13,7 @@ from calm_pl.clip import Clip
 T = TypeVar("T")
 
 
-def draw_support(clips: Sequence[Clip], shots: int | None, seed: int) -> list[int]:
+def draw_support(clips: Sequence[Clip], shots: int | None, seed: int, by_confidence: bool = False) -> list[int]:
     """Draw `shots` clips of every class.
 
     Of one seed, fewer shots are a subset of more shots, and what a class gets does not depend on the other
@@ -24,6 +24,7 @@ def draw_support(clips: Sequence[Clip], shots: int | None, seed: int) -> list[in
         clips: the support pool (the training split).
         shots: clips a class; None takes all.
         seed: chooses the draw.
+        by_confidence: draw clips in proportion to how sure their label is.
 
     Returns:
         Indices into `clips`, class by class in alphabetical order.
@@ -42,7 +43,7 @@ def draw_support(clips: Sequence[Clip], shots: int | None, seed: int) -> list[in
         )
     chosen: dict[int, None] = {}  # a set that keeps its order
     for label, indices in sorted(members.items()):
-        shuffled = _shuffled(indices, seed, label)
+        shuffled = _by_confidence(indices, clips, seed, label) if by_confidence else _shuffled(indices, seed, label)
         seen: Counter[str] = Counter()
         rounds = {}  # how many clips of the same group come before
         for index in shuffled:
@@ -143,6 +144,14 @@ def _shuffled(items: Sequence[T], seed: int, label: str) -> list[T]:
     shuffled = list(items)
     random.Random(f"{seed} {label}").shuffle(shuffled)  # a text seeds the same in every process
     return shuffled
+
+
+def _by_confidence(indices: Sequence[int], clips: Sequence[Clip], seed: int, label: str) -> list[int]:
+    """A random order, the next clip always drawn in proportion to its confidence (Efraimidis and Spirakis, 2006)."""
+    rng = random.Random(f"{seed} {label} by confidence")
+    weights = {i: 1.0 if (sure := clips[i].confidence) is None else max(sure, 1e-6) for i in indices}
+    waits = {i: rng.expovariate(weights[i]) for i in indices}
+    return sorted(indices, key=waits.__getitem__)
 
 
 def _counts(counts: dict[str, int]) -> str:

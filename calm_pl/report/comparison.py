@@ -24,7 +24,9 @@ from calm_pl.report.run import Run
 from calm_pl.training.results import write_text
 
 # Settings that runs of one question may differ in: which clips were drawn, and how the work was done.
-DRAWS = re.compile(r"data\.(shots|seed|store\w*|batch_size|num_workers|recipe\..*|backbone\.path)")
+DRAWS = re.compile(
+    r"data\.(shots|seed|pseudo_labels|by_confidence|store\w*|batch_size|num_workers|recipe\..*|backbone\.path)"
+)
 COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "accuracy", "low", "high")
 
 
@@ -162,7 +164,9 @@ def _rows(runs: Iterable[Run]) -> list[Row]:
     for run in runs:
         shots = run.results["shots"] or round(run.results["splits"]["support"] / run.results["num_classes"])
         for method, figures in run.ranking:
-            found[shots, method].append(figures["accuracy"])
+            # Learning from labels that a model gave is another method of the same question.
+            name = f"{method}, pseudo-labels" if "pseudo_labels" in run.results and method != "zero_shot" else method
+            found[shots, name].append(figures["accuracy"])
     return [Row(method, shots, tuple(values)) for (shots, method), values in sorted(found.items())]
 
 

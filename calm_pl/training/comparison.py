@@ -59,7 +59,7 @@ def run_comparison(
     clips, folds = clips_and_folds(data.recipe)
     clips = data.asked(clips)
     check_same_question(data, out)
-    heads_NKD, labels_N, usable = _heads(trainer, data, clips)
+    heads_NKD, labels_N, usable = stored_heads(trainer, data, clips)
     folds = [_only(fold, usable) for fold in folds]
     rows = read_rows(out / ROWS_FILE)
     made = compare(
@@ -69,25 +69,25 @@ def run_comparison(
         folds,
         shots,
         seeds,
-        {name: _anew(method) for name, method in methods.items()},
+        {name: anew(method) for name, method in methods.items()},
         _drawer(clips),
         done={row.key for row in rows},
     )
     total = len(folds) * len(shots) * len(seeds) * len(methods) - len(rows)
     with Task("fitting and testing", max(total, 0), "fits") as task:
-        for row in _kept(made, out / ROWS_FILE):
+        for row in kept(made, out / ROWS_FILE):
             rows.append(row)
             task.advance(note=f"{row.method}, {row.shots} shots")
     return rows
 
 
-def check_same_question(data: AudioEpisodeDataModule, out: Path) -> None:
+def check_same_question(data: AudioEpisodeDataModule, out: Path, **more: Any) -> None:
     """Remember what a folder's rows are about; rows of another question never join them.
 
     Raises:
         ValueError: the folder holds rows of another data set, backbone or protocol; names both.
     """
-    asked = {"dataset": data.recipe.name, "backbone": data.backbone.name, **data.protocol_description()}
+    asked = {"dataset": data.recipe.name, "backbone": data.backbone.name, **data.protocol_description(), **more}
     file = out / QUESTION_FILE
     if not file.exists():
         write_json(file, asked)
@@ -122,7 +122,7 @@ def clips_and_folds(recipe: Recipe) -> tuple[list[Clip], list[Fold]]:
     return clips, folds
 
 
-def _heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[Clip]) -> tuple[Tensor, Tensor, Tensor]:
+def stored_heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[Clip]) -> tuple[Tensor, Tensor, Tensor]:
     """Head outputs (N, K, D) and labels of all clips; clips that cannot be used are False in the mask.
 
     Raises:
@@ -151,7 +151,7 @@ def _only(fold: Fold, usable_N: Tensor) -> Fold:
     return Fold(fold.name, fold.train[usable_N[fold.train]], fold.test[usable_N[fold.test]])
 
 
-def _anew(method: HeadClassifier) -> Callable[[], HeadClassifier]:
+def anew(method: HeadClassifier) -> Callable[[], HeadClassifier]:
     return lambda: copy.deepcopy(method)
 
 
@@ -177,7 +177,7 @@ def read_rows(file: Path) -> list[Row]:
     ]
 
 
-def _kept(made: Iterator[Row], file: Path) -> Iterator[Row]:
+def kept(made: Iterator[Row], file: Path) -> Iterator[Row]:
     """Append each row to the file as it comes."""
     names = [field.name for field in fields(Row)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -208,13 +208,16 @@ def means(rows: Sequence[Row], figure: str = "accuracy") -> dict[str, dict[int, 
     return table
 
 
-def report(rows: Sequence[Row], out: Path, reference: str = "calm") -> None:
-    """Print the table and the paired differences; write them and the plot beside the rows."""
+def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = "seeds") -> None:
+    """Print the table and the paired differences; write them and the plot beside the rows.
+
+    ``over`` names what a row's seed stands for.
+    """
     from calm_pl.report import plots
 
     table = means(rows)
     shots = sorted({count for points in table.values() for count in points})
-    shown = Table(title="accuracy, %: mean over seeds ± half of the 95 % interval")
+    shown = Table(title=f"accuracy, %: mean over {over} ± half of the 95 % interval")
     shown.add_column("method", no_wrap=True)
     for count in shots:
         shown.add_column(f"{count} shot{'s' * (count > 1)}", justify="right", no_wrap=True)

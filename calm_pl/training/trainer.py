@@ -7,6 +7,7 @@ import lightning as L
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Shards
 from calm_pl.data.stream import of_all_ranks
+from calm_pl.headstore import HeadStore
 from calm_pl.training.extraction import (
     ClipDataModule,
     HeadExtraction,
@@ -31,15 +32,19 @@ class CalmTrainer(L.Trainer):
         store = datamodule.make_store(weights_dtype(self.precision))
         options = (backbone, store, datamodule.batch_size, datamodule.num_workers)
         recipe.prepare()
-        progress = ExtractionProgress(shows_progress(self))
-        self.callbacks = [StoreWriter(store), progress]
-        self.loggers = []  # there is nothing to log, and an empty run at W&B helps nobody
         data: ClipDataModule | ShardDataModule
         if isinstance(recipe, Shards):
             data = ShardDataModule(recipe.urls(), *options)
         else:
             data = ClipDataModule(datamodule.asked(recipe.clips()), *options)
-        self.predict(HeadExtraction(backbone), datamodule=data, return_predictions=False)
+        self.fill(store, HeadExtraction(backbone), data)
+
+    def fill(self, store: HeadStore, extraction: HeadExtraction, data: ClipDataModule | ShardDataModule) -> list[str]:
+        """Let ``extraction`` write what the store lacks of the clips; return why clips of any rank cannot be used."""
+        progress = ExtractionProgress(shows_progress(self))
+        self.callbacks = [StoreWriter(store), progress]
+        self.loggers = []  # there is nothing to log, and an empty run at W&B helps nobody
+        self.predict(extraction, datamodule=data, return_predictions=False)
         self.strategy.barrier("head store written")
         errors = of_all_ranks(progress.errors)
         if self.is_global_zero:
@@ -48,3 +53,4 @@ class CalmTrainer(L.Trainer):
             for error in sorted(set(errors)):
                 print(f"not stored: {error}")
             print(f"{len(errors)} clips cannot be used; {len(store)} are in {store.folder}")
+        return errors

@@ -1,0 +1,58 @@
+"""``calm episodes``: every method on the N-way K-shot episodes of the few-shot literature."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from calm_pl.commands.lightning import expand_names, hush
+from calm_pl.conf import CONF_DIR
+
+
+def main(argv: list[str]) -> int:
+    """Parse, extract what is missing, run the episodes, tell the result."""
+    arguments = expand_names(["episodes", *argv])[1:]
+    import yaml
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
+
+    from calm_pl.backbone.errors import BackboneError
+    from calm_pl.data.datamodule import AudioEpisodeDataModule
+    from calm_pl.headstore import HeadStoreError
+    from calm_pl.training.comparison import report
+    from calm_pl.training.few_shot import run_episodes
+    from calm_pl.training.module import CalmModule
+
+    parser = ArgumentParser(
+        prog="calm episodes",
+        description="Evaluate methods as the few-shot literature does: many random episodes of some classes, support "
+        "clips from the training clips and queries from the test clips; mean accuracy with its 95 % interval.",
+        parser_mode="omegaconf",
+    )
+    parser.add_argument("--way", type=int, default=5, help="classes of an episode")
+    parser.add_argument("--queries", type=int, default=15, help="query clips a class")
+    parser.add_argument("--count", type=int, default=600, help="episodes")
+    parser.add_argument("--out", default="runs/episodes", help="folder for rows.csv, figures and plot")
+    parser.add_argument("--precision", default="32-true", help="of the backbone, as in Lightning's Trainer")
+    parser.add_class_arguments(CalmModule, "model", skip={"optimizer", "lr_scheduler"})
+    parser.add_class_arguments(AudioEpisodeDataModule, "data")
+    default = yaml.safe_load((CONF_DIR / "calm.yaml").read_text())
+    shipped = [
+        f"--model={CONF_DIR / default['model']}",
+        f"--data.recipe={default['data']['recipe']['class_path']}",
+        f"--data.backbone={CONF_DIR / default['data']['backbone']}",
+    ]
+    options = parser.parse_args([*shipped, *arguments])
+    hush()
+    built = parser.instantiate(options)
+    trainer = Trainer(devices=1, precision=options.precision, logger=False, enable_checkpointing=False)
+    out, data = Path(options.out), built.data
+    try:
+        if data.shots is None:
+            raise ValueError("an episode has so many support clips a class: give --data.shots.")
+        asked = (options.way, data.shots, options.queries, options.count)
+        rows = run_episodes(trainer, data, built.model.methods, *asked, out)
+    except (BackboneError, HeadStoreError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"calm: error: {error}")
+    report(rows, out, over=f"{options.count} episodes, {options.way}-way")
+    return 0
