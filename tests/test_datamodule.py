@@ -90,6 +90,8 @@ def test_mcq_lists_options_with_the_true_one_among_them(tones, tiny_lalm):
     for clip in data.clips:
         assert clip.options is not None and len(clip.options) == 2 and clip.label in clip.options
         assert clip.question == f"What sound is this?\nA. {clip.options[0]} B. {clip.options[1]}"
+    plain = setup(letters=False).clips[0]
+    assert plain.question == "\n".join(["What sound is this?", *plain.options])
     again = {clip.audio: clip for clip in setup(seed=7, shots=1).clips}  # another support set, the same questions
     assert all(again[clip.audio] == clip for clip in data.clips if clip.audio in again)
 
@@ -107,7 +109,7 @@ def test_within_options_predicts_among_them_alone(tones, tiny_lalm):
         assert row[listed[0]] / row[listed[1]] == pytest.approx(before_NC[0, listed[0]] / before_NC[0, listed[1]])
     nowhere_NC = torch.eye(3)[[data.classes.index(_not_listed(data, i)) for i in indices.tolist()]]
     assert data.among_options(indices, nowhere_NC).sum(1).tolist() == pytest.approx([1.0] * len(indices))
-    asked = data.protocol_description()
+    asked = data.protocol.description()
     assert (asked["num_options"], asked["options_seed"], asked["within_options"]) == (2, 0, True)
     free = AudioEpisodeDataModule(Folder(str(tones)), Backbone(tiny_lalm), shots=2, **options)
     assert torch.equal(free.among_options(indices, before_NC), before_NC)

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -87,5 +88,6 @@ def test_the_papers_lists_ask_for_each_label(tiny_lalm, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_shards_say_how_they_are_used(tiny_lalm, tmp_path):
+    tarfile.open(tmp_path / "clips-0.tar", "w").close()
     with pytest.raises(SystemExit, match="fit on files"):
         make_train("shards", tmp_path, tmp_path / "run", tiny_lalm)

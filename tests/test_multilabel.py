@@ -143,7 +143,7 @@ def test_fit_tells_what_several_labels_ask_for(chords, tiny_lalm, tmp_path, caps
         "--data.shots", "2", "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--run_dir", tmp_path,
     )  # fmt: skip
     shown = capsys.readouterr().out
-    assert all(title in shown for title in ("mAP %", "sample F1 %", "exact %", "top-1 %"))
+    assert all(title in shown for title in ("mAP %", "sample F1 %", "exact", "top-1", "calm_whitened"))
     results = json.loads((tmp_path / "results.json").read_text())
     methods = {"zero_shot", "sav", "grw", "calm", "calm_whitened", "calm_learned", "linear_probe"}
     assert results["methods"].keys() == methods and results["splits"]["test"] == 6

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_pl.training.results import attacks_table
-from calm_pl.training.spoofing import attack_table, equal_error_rate, is_spoofing, spoofing_figures
+from calm_pl.training.spoofing import (
+    attack_table,
+    equal_error_rate,
+    equal_error_rate_draws,
+    is_spoofing,
+    spoofing_figures,
+)
 
 clips = st.lists(st.tuples(st.integers(0, 15), st.booleans()), min_size=2, max_size=30).filter(
     lambda drawn: len({genuine for _, genuine in drawn}) == 2
@@ -41,10 +47,20 @@ def test_the_equal_error_rate_is_exact_in_both_directions(drawn):
     scores_N = torch.tensor([score / 16 for score, _ in drawn])
     genuine_N = torch.tensor([genuine for _, genuine in drawn])
     exact = float(slow_equal_error_rate(drawn))
-    assert equal_error_rate(scores_N, genuine_N) == pytest.approx(exact, abs=1e-6)
-    assert equal_error_rate(1 - scores_N, ~genuine_N) == pytest.approx(exact, abs=1e-6)
+    assert equal_error_rate(scores_N, genuine_N) == pytest.approx(exact, abs=1e-9)
+    assert equal_error_rate(1 - scores_N, ~genuine_N) == pytest.approx(exact, abs=1e-9)
     other_way = [(15 - score, not genuine) for score, genuine in drawn]
     assert float(slow_equal_error_rate(other_way)) == exact
+
+
+@given(clips, st.integers(0, 2**31))
+def test_a_resample_is_its_clips_repeated(drawn, seed):
+    rows_N = torch.randint(len(drawn), (len(drawn),), generator=torch.Generator().manual_seed(seed))
+    scores_N = torch.tensor([score / 16 for score, _ in drawn])
+    genuine_N = torch.tensor([genuine for _, genuine in drawn])
+    counts_RN = torch.bincount(rows_N, minlength=len(drawn))[None]
+    found = float(equal_error_rate_draws(scores_N, genuine_N, counts_RN))
+    assert found == pytest.approx(equal_error_rate(scores_N[rows_N], genuine_N[rows_N]), abs=1e-9, nan_ok=True)
 
 
 def test_what_it_says_of_clear_cases():

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import DEFAULT_QUESTION, Clip
+from calm_pl.clip import Clip
 from calm_pl.data.labelled import LabelledHeads, StepNumbers, StoredHeads
-from calm_pl.data.options import mcq
+from calm_pl.data.protocol import Protocol
 from calm_pl.data.recipes import Recipe, Shards
 from calm_pl.data.splits import check_disjoint, draw_support
 from calm_pl.data.stream import (
@@ -47,6 +47,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         seed: draws the support set. Of one seed, the 5-shot set contains the 1-shot set.
         protocol: ``open`` (the prompt names no class) or ``mcq`` (it lists options, the true one among them).
         num_options: answers listed in a prompt of the ``mcq`` protocol.
+        letters: write options as "A. Dog bark B. Rain" on one line; else one option a line.
         options_seed: draws the wrong answers and their order; one clip gets the same options in every run.
         pseudo_labels: manifest of `calm pseudolabel`: training clips get its labels, and those that it lacks are left
             out; test clips keep the true ones.
@@ -68,6 +69,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         seed: int = 0,
         protocol: str = "open",
         num_options: int = 4,
+        letters: bool = True,
         options_seed: int = 0,
         within_options: bool = False,
         pseudo_labels: str | None = None,
@@ -78,20 +80,13 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         store_dtype: str = "float16",
     ) -> None:
         super().__init__()
-        if protocol not in ("open", "mcq"):
-            raise ValueError(f"protocol={protocol!r} is unknown: choose open or mcq.")
-        if within_options and protocol != "mcq":
-            raise ValueError("within_options is for protocol=mcq: the open question lists no options.")
         if batch_size != "auto" and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 clip a batch.")
         self.recipe = recipe
         self.backbone = backbone
         self.shots = shots
         self.seed = seed
-        self.protocol = protocol
-        self.num_options = num_options
-        self.options_seed = options_seed
-        self.within_options = within_options
+        self.protocol = Protocol(protocol, num_options, letters, options_seed, within_options)
         if pseudo_labels and protocol != "open":
             raise ValueError("pseudo_labels are for protocol=open: options would tell the true label.")
         self.pseudo_labels = pseudo_labels
@@ -130,7 +125,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                     "shards are a stream, whose head outputs are not kept: fit on files (folder, manifest), then "
                     "`calm test --ckpt_path ... --data shards --data.store none`."
                 )
-            if self.protocol != "open":
+            if self.protocol.lists_options:
                 raise ValueError("shards hold the questions that they were made with: protocol=mcq is for files.")
             self.parts = {"support": range(0), "test": range(0), "val": range(0)}
             self.labels = torch.empty(0, dtype=torch.long)
@@ -175,23 +170,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         return any(len(clip.labels) > 1 for clip in self.clips)
 
     def asked(self, clips: list[Clip]) -> list[Clip]:
-        """The clips with the question of the protocol; a clip's own question stays.
-
-        Raises:
-            ValueError: the protocol is open, and a clip's own question lists options.
-        """
-        question = self.recipe.question
-        if self.protocol == "open" and any(clip.options for clip in clips):
-            raise ValueError(
-                f"{self.recipe.name}: clips come with answer options, which is the mcq protocol: "
-                "set protocol=mcq (--data.protocol mcq), which keeps their questions as they are."
-            )
-        if self.protocol == "mcq":
-            labels = {label for clip in clips for label in clip.labels}
-            return mcq(clips, sorted(labels), self.num_options, seed=self.options_seed, question=question)
-        if question == DEFAULT_QUESTION:
-            return clips
-        return [clip if clip.question else replace(clip, question=question) for clip in clips]
+        """The clips with the question of the protocol, see `Protocol.asked`."""
+        return self.protocol.asked(clips, self.recipe)
 
     def open_store(self, weights_dtype: str) -> HeadStore:
         """The store of this backbone's head outputs; remembers the clips' keys."""
@@ -243,25 +223,10 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         return LabelledHeads(found.indices_B[rows], found.heads_BKD[rows], labels)
 
     def among_options(self, indices_B: Tensor, probabilities_BC: Tensor) -> Tensor:
-        """With ``within_options`` the probabilities without classes that the clips' questions do not list.
-
-        Rows sum to 1 again; where a method gives none of the options any probability, they share it.
-
-        Raises:
-            ValueError: a clip's options are no classes.
-        """
-        if not self.within_options:
+        """Probabilities of the clips at these positions, restricted to their options where that is asked for."""
+        if not self.protocol.within_options:
             return probabilities_BC
-        index = {name: c for c, name in enumerate(self.classes)}
-        listed_BC = torch.zeros_like(probabilities_BC)
-        for row, clip in enumerate(self.clips_at(indices_B.tolist())):
-            options = clip.options or ()
-            unknown = [option for option in options if option not in index]
-            if unknown or not options:
-                raise ValueError(f"{clip.audio}: its options {', '.join(options)} are not among the classes.")
-            listed_BC[row, [index[option] for option in options]] = 1
-        kept_BC = probabilities_BC * listed_BC + torch.finfo(torch.float32).tiny * listed_BC
-        return kept_BC / kept_BC.sum(1, keepdim=True)
+        return self.protocol.among_options(probabilities_BC, self.clips_at(indices_B.tolist()), self.classes)
 
     def train_dataloader(self) -> DataLoader[int]:
         """One item an optimiser step, whose episodes follow from its number; how many steps, the module decides."""
@@ -328,7 +293,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         return {
             "dataset": self.recipe.name,
             "backbone": self.backbone.name,
-            **self.protocol_description(),
+            **self.protocol.description(),
             **self._pseudo_description(),
             "shots": self.shots,
             "seed": self.seed,
@@ -341,14 +306,6 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                 *({"audio": error.partition(": ")[0], "reason": error} for error in self.stream_errors),
             ],
         }
-
-    def protocol_description(self) -> dict[str, Any]:
-        """The protocol, and what it was given; results that differ in it are not compared."""
-        asked: dict[str, Any] = {"protocol": self.protocol}
-        if self.protocol == "mcq":
-            asked |= {"num_options": self.num_options, "options_seed": self.options_seed}
-            asked |= {"within_options": self.within_options}
-        return asked
 
     def _pseudo_description(self) -> dict[str, Any]:
         """Where the support labels come from a model: how many of them are right, by the true labels."""

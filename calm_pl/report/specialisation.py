@@ -113,11 +113,12 @@ def heads_kept(module: CalmModule) -> dict[str, Any] | None:
     classes, some seconds of one core.
 
     Returns:
-        None where the method that the run keeps does not weigh heads, or where no head outputs are stored.
+        None where the method that the run keeps does not weigh heads, or where no head outputs are stored, or
+            clips have several labels.
     """
     method, data, device = module.methods[module.classifier], module.data, module.device
     weights_KC = trusted_weights(method, len(module.classes))
-    positions = [] if data.streams else [i for i in data.usable("test") if data.labels[i] >= 0]
+    positions = [] if data.streams or data.multi_label else [i for i in data.usable("test") if data.labels[i] >= 0]
     if weights_KC is None or not positions:
         return None
     spread = positions[:: -(-len(positions) // TEST_CHUNK)]

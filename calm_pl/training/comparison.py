@@ -87,7 +87,7 @@ def check_same_question(data: AudioEpisodeDataModule, out: Path, **more: Any) ->
     Raises:
         ValueError: the folder holds rows of another data set, backbone or protocol; names both.
     """
-    asked = {"dataset": data.recipe.name, "backbone": data.backbone.name, **data.protocol_description(), **more}
+    asked = {"dataset": data.recipe.name, "backbone": data.backbone.name, **data.protocol.description(), **more}
     file = out / QUESTION_FILE
     if not file.exists():
         write_json(file, asked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import sys
@@ -17,7 +16,7 @@ from calm_pl.data.recipes import Recipe
 from calm_pl.methods.compare import half_width
 from calm_pl.progress import quiet, say
 from calm_pl.training.finished import is_finished
-from calm_pl.training.results import NO_SHARE, print_table, write_json
+from calm_pl.training.results import NO_SHARE, print_table, write_json, write_text
 from calm_pl.training.trainer import CalmTrainer
 
 if TYPE_CHECKING:
@@ -70,10 +69,9 @@ def write_average(folders: Sequence[Path], out: Path, config: Mapping[str, Any])
     from calm_pl.report.page import write_report
 
     results = average({folder.name: json.loads((folder / "results.json").read_text()) for folder in folders})
-    (out / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    rows = [row for folder in folders for row in csv.reader((folder / "predictions.csv").open(newline=""))]
-    with (out / "predictions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([rows[0], *(row for row in rows if row != rows[0])])
+    write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    lines = [(folder / "predictions.csv").read_text().splitlines(keepends=True) for folder in folders]
+    write_text(out / "predictions.csv", lines[0][0] + "".join(line for of_fold in lines for line in of_fold[1:]))
     write_json(out / "results.json", results)
     write_report(out)
     print_table(results, results["splits"]["test"])

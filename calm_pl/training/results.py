@@ -19,7 +19,7 @@ from calm_pl.clip import Clip
 # What a table shows, by the kind of task; the rest is in results.json.
 COLUMNS = {"accuracy": "accuracy %", "macro_f1": "macro-F1 %", "nll": "NLL", "ece": "ECE %"}
 MULTI_LABEL_COLUMNS = {
-    "map": "mAP %", "sample_f1": "sample F1 %", "exact_match": "exact %", "accuracy": "top-1 %",
+    "map": "mAP %", "sample_f1": "sample F1 %", "exact_match": "exact", "accuracy": "top-1",
 }  # fmt: skip
 SPOOFING_COLUMNS = {"accuracy": "accuracy %", "eer": "EER %", "macro_f1": "macro-F1 %", "nll": "NLL"}
 NO_SHARE = ("nll", "brier")

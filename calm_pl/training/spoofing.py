@@ -1,6 +1,6 @@
 """Genuine or spoofed speech: equal error rates, of all attacks together and of each.
 
-Shapes: N clips, R bootstrap resamples.
+Shapes: N clips, R bootstrap resamples, T thresholds.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_roc
 
 from calm_pl.training.metrics import BOOTSTRAP_RESAMPLES, percentiles
 
 GENUINE, SPOOFED = "bonafide", "spoof"
+# Resamples x clips at once: 128 MiB of float64.
+MAX_DRAWN = 2**24
+# Rates that are equal but for rounding; two different ones are further apart.
+EQUAL = 1e-12
 
 
 def equal_error_rate(scores_N: Tensor, genuine_N: Tensor) -> float:
@@ -27,19 +30,31 @@ def equal_error_rate(scores_N: Tensor, genuine_N: Tensor) -> float:
         scores_N: higher for genuine.
         genuine_N: whether a clip is genuine.
     """
-    if genuine_N.all() or not genuine_N.any():
-        return float("nan")
-    # Ranks instead of scores: torchmetrics takes anything outside [0, 1] for logits, which may merge close scores.
-    ranks_N = scores_N.unique(return_inverse=True)[1].double()
-    passed_T, kept_T, _ = binary_roc(ranks_N / ranks_N.max().clamp_min(1), genuine_N.long())
-    failed_T, passed_T = 1 - kept_T.double(), passed_T.double()
-    gap_T = passed_T - failed_T  # from -1 to 1, never falling
-    after = int((gap_T >= 0).nonzero()[0])
-    if after == 0:
-        return float(passed_T[0])
-    before = after - 1
-    share = gap_T[before] / (gap_T[before] - gap_T[after])
-    return float(passed_T[before] + share * (passed_T[after] - passed_T[before]))
+    return float(equal_error_rate_draws(scores_N, genuine_N, torch.ones(1, len(scores_N))))
+
+
+def equal_error_rate_draws(scores_N: Tensor, genuine_N: Tensor, drawn_RN: Tensor) -> Tensor:
+    """`equal_error_rate` of each resample (R,), in which clip n comes ``drawn_RN[r, n]`` times; sorted once for all."""
+    _, rank_N = (-scores_N).unique(return_inverse=True)  # from the highest score to the lowest
+    thresholds = int(rank_N.max()) + 1
+    rates = []
+    for some_RN in drawn_RN.double().split(max(1, MAX_DRAWN // len(scores_N))):
+        # Shares of spoofed and of genuine clips that pass, from the threshold that nothing passes to the lowest.
+        passed_RT, kept_RT = (
+            torch.zeros(len(some_RN), thresholds + 1, dtype=torch.double)
+            .index_add_(1, rank_N + 1, some_RN * of_class_N)
+            .cumsum(1)
+            .div((some_RN * of_class_N).sum(1, keepdim=True))
+            for of_class_N in (~genuine_N, genuine_N)
+        )
+        gap_RT = passed_RT + kept_RT - 1  # from -1 to 1, never falling: where it is 0, the rates are equal
+        after_R1 = (gap_RT >= -EQUAL).long().argmax(1, keepdim=True).clamp_min(1)
+        before_R1 = after_R1 - 1
+        low_R1, high_R1 = gap_RT.gather(1, before_R1), gap_RT.gather(1, after_R1)
+        share_R1 = low_R1 / (low_R1 - high_R1)
+        passed_R1, then_R1 = passed_RT.gather(1, before_R1), passed_RT.gather(1, after_R1)
+        rates.append((passed_R1 + share_R1 * (then_R1 - passed_R1)).squeeze(1))
+    return torch.cat(rates)
 
 
 def is_spoofing(classes: Sequence[str]) -> bool:
@@ -52,8 +67,9 @@ def spoofing_figures(scores_N: Tensor, genuine_N: Tensor) -> dict[str, Any]:
     if genuine_N.all() or not genuine_N.any():
         return {}
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(scores_N), (BOOTSTRAP_RESAMPLES, len(scores_N)), generator=generator)
-    drawn_R = torch.tensor([equal_error_rate(scores_N[rows], genuine_N[rows]) for rows in draws])
+    resamples_RN = torch.randint(len(scores_N), (BOOTSTRAP_RESAMPLES, len(scores_N)), generator=generator)
+    drawn_RN = torch.stack([torch.bincount(rows_N, minlength=len(scores_N)) for rows_N in resamples_RN])
+    drawn_R = equal_error_rate_draws(scores_N, genuine_N, drawn_RN)
     return {"eer": equal_error_rate(scores_N, genuine_N), "eer_interval": percentiles(drawn_R)}
 
 
