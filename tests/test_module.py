@@ -167,6 +167,21 @@ def test_one_shot_works_and_learns_nothing(tones, tiny_lalm, tmp_path):
     assert run.global_step == 0 and model.figures["calm_learned"]["accuracy"] >= 0
 
 
+def test_clips_without_labels_shape_the_metric_at_one_shot(tones, tiny_lalm, tmp_path):
+    weights = {}
+    for unlabelled in (None, str(tones / "train")):
+        learned = LearnedWeights()
+        model = CalmModule({"calm_learned": learned}, classifier="calm_learned", zero_shot=False)
+        data = data_module(tones, tiny_lalm, shots=1, unlabelled=unlabelled)
+        trainer(tmp_path).fit(model, datamodule=data)
+        assert len(data.parts["unlabelled"]) == (12 if unlabelled else 0)
+        assert learned.unlabelled_NKD is None
+        weights[unlabelled] = learned.transform_KDD
+    assert not torch.equal(*weights.values())
+    with pytest.raises(ValueError, match="unlabelled is for protocol=open"):
+        data_module(tones, tiny_lalm, protocol="mcq", unlabelled=str(tones))
+
+
 def test_a_checkpoint_of_other_classes_is_refused(unbroken, tones, tiny_lalm, tmp_path):
     import shutil
 

@@ -30,8 +30,10 @@ from calm_pl.data.stream import (
     of_all_ranks,
     stream_loader,
 )
-from calm_pl.data.unlabelled import relabelled
+from calm_pl.data.unlabelled import relabelled, unlabelled_clips
 from calm_pl.headstore import HeadStore
+
+PARTS = ("support", "test", "val", "unlabelled")
 
 
 class AudioEpisodeDataModule(L.LightningDataModule):
@@ -53,6 +55,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             out; test clips keep the true ones.
         by_confidence: the surer a clip's label, the likelier it is in the support set (clips without a confidence
             count as sure).
+        unlabelled: folder or manifest of clips without labels, for the within-head metric where every class has but
+            one clip. Not the test clips, unless you mean to.
         within_options: in the ``mcq`` protocol, predict only among the options that a clip's question lists.
         batch_size: clips in one pass of the backbone; ``auto`` finds what fits the GPU.
         num_workers: processes that decode audio while the backbone computes.
@@ -74,6 +78,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         within_options: bool = False,
         pseudo_labels: str | None = None,
         by_confidence: bool = False,
+        unlabelled: str | None = None,
         batch_size: BatchSize = 8,
         num_workers: int = 2,
         store: str | None = None,
@@ -87,10 +92,12 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         self.shots = shots
         self.seed = seed
         self.protocol = Protocol(protocol, num_options, letters, options_seed, within_options)
-        if pseudo_labels and protocol != "open":
-            raise ValueError("pseudo_labels are for protocol=open: options would tell the true label.")
+        for name, given in (("pseudo_labels", pseudo_labels), ("unlabelled", unlabelled)):
+            if given and protocol != "open":
+                raise ValueError(f"{name} is for protocol=open: listed options hold the true label.")
         self.pseudo_labels = pseudo_labels
         self.by_confidence = by_confidence
+        self.unlabelled = unlabelled
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.store_root = store
@@ -127,7 +134,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                 )
             if self.protocol.lists_options:
                 raise ValueError("shards hold the questions that they were made with: protocol=mcq is for files.")
-            self.parts = {"support": range(0), "test": range(0), "val": range(0)}
+            self.parts = dict.fromkeys(PARTS, range(0))
             self.labels = torch.empty(0, dtype=torch.long)
             return
         clips = self.asked(self.recipe.clips())
@@ -142,13 +149,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         support = [pool[i] for i in draw_support(pool, self.shots, self.seed, self.by_confidence)]
         self.support_right = sum(clip.labels == true[clip.audio, clip.start, clip.end] for clip in support)
         validation = [clip for clip in clips if clip.split == "val"]
-        self.clips = [*support, *test, *validation]
-        ends = [len(support), len(support) + len(test), len(self.clips)]
-        self.parts = {
-            "support": range(ends[0]),
-            "test": range(ends[0], ends[1]),
-            "val": range(ends[1], ends[2]),
-        }
+        others = self.protocol.asked(unlabelled_clips(self.unlabelled), self.recipe) if self.unlabelled else []
+        self.clips, self.parts = [], {}
+        for part, clips in zip(PARTS, (support, test, validation, others), strict=True):
+            self.parts[part] = range(len(self.clips), len(self.clips) + len(clips))
+            self.clips += clips
         self.classes = sorted({label for clip in support for label in clip.labels})
         class_index = {label: index for index, label in enumerate(self.classes)}
         unknown = sorted({label for clip in self.clips for label in clip.labels} - class_index.keys())
@@ -205,7 +210,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             )
 
     def usable(self, part: str) -> list[int]:
-        """Positions in ``clips`` of one part (``support``, ``test`` or ``val``), without clips that cannot be used."""
+        """Positions in ``clips`` of one of the PARTS, without clips that cannot be used."""
         return [i for i in self.parts[part] if i not in self.skipped]
 
     # What is streamed
@@ -221,6 +226,13 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             return found
         rows, labels = found.labels_B.nonzero(as_tuple=True)
         return LabelledHeads(found.indices_B[rows], found.heads_BKD[rows], labels)
+
+    def unlabelled_heads(self) -> Tensor | None:
+        """Head outputs (N, K, D) of the clips without labels, whole; None where there are none."""
+        positions = self.usable("unlabelled")
+        if not positions:
+            return None
+        return next(iter(StoredHeads(self.store, self.keys, self.labels, positions, chunk=len(positions)))).heads_BKD
 
     def among_options(self, indices_B: Tensor, probabilities_BC: Tensor) -> Tensor:
         """Probabilities of the clips at these positions, restricted to their options where that is asked for."""

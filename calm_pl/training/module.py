@@ -23,6 +23,7 @@ from calm_pl.data.stream import ClipBatch
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.learned import LearnedWeights
+from calm_pl.methods.metric_space import MetricSpace
 from calm_pl.progress import Task
 from calm_pl.training.extraction import HeadExtraction, extract_missing, weights_dtype
 from calm_pl.training.metrics import ClipScores
@@ -128,11 +129,16 @@ class CalmModule(L.LightningModule):
         # On this rank's device, where the optimiser will want everything.
         support = self.data.support().to(self.trainer.strategy.root_device)
         self.classes = self.data.classes
+        unlabelled_NKD = self.data.unlabelled_heads()
         with Task("fitting on the support set", len(self.methods), "methods", shows_progress(self.trainer)) as task:
             for name, method in self.methods.items():
                 started = time.perf_counter()
+                if isinstance(method, MetricSpace) and unlabelled_NKD is not None:
+                    method.unlabelled_NKD = unlabelled_NKD.to(support.heads_BKD.device)
                 fit = method.start if isinstance(method, LearnedWeights) else method.fit
                 fit(support.heads_BKD, support.labels_B, len(self.classes))
+                if isinstance(method, MetricSpace):
+                    method.unlabelled_NKD = None  # they are in the metric now, and need not stay
                 self.timing[f"fit_{name}_seconds"] = time.perf_counter() - started
                 task.advance(note=name)
 
