@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from calm_pl.commands.lightning import expand_names, hush
+from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
 from calm_pl.conf import CONF_DIR
 
 
 def main(argv: list[str]) -> int:
     """Parse, extract what is missing, run the episodes, tell the result."""
     arguments = expand_names(["episodes", *argv])[1:]
-    import yaml
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
 
@@ -36,13 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--precision", default="32-true", help="of the backbone, as in Lightning's Trainer")
     parser.add_class_arguments(CalmModule, "model", skip={"optimizer", "lr_scheduler"})
     parser.add_class_arguments(AudioEpisodeDataModule, "data")
-    default = yaml.safe_load((CONF_DIR / "calm.yaml").read_text())
-    shipped = [
-        f"--model={CONF_DIR / default['model']}",
-        f"--data.recipe={default['data']['recipe']['class_path']}",
-        f"--data.backbone={CONF_DIR / default['data']['backbone']}",
-    ]
-    options = parser.parse_args([*shipped, *arguments])
+    options = parser.parse_args([f"--model={CONF_DIR / 'model' / 'default.yaml'}", *shipped_defaults(), *arguments])
     hush()
     built = parser.instantiate(options)
     trainer = Trainer(devices=1, precision=options.precision, logger=False, enable_checkpointing=False)

@@ -67,6 +67,14 @@ def hush() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def shipped_defaults() -> list[str]:
+    """Recipe and backbone that ``calm fit`` starts from, for commands with a parser of their own."""
+    import yaml
+
+    data = yaml.safe_load((CONF_DIR / "calm.yaml").read_text())["data"]
+    return [f"--data.recipe={data['recipe']['class_path']}", f"--data.backbone={CONF_DIR / data['backbone']}"]
+
+
 def expand_names(argv: list[str]) -> list[str]:
     """Replace short names by what Lightning's parser takes.
 

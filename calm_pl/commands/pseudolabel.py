@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_pl.commands.lightning import expand_names, hush
-from calm_pl.conf import CONF_DIR
+from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
 
 if TYPE_CHECKING:
     from calm_pl.clip import Clip
@@ -26,7 +25,6 @@ DESCRIPTION = (
 def main(argv: list[str]) -> int:
     """Label, write the manifest, tell what came of it. Exit code 1: no clip got a label."""
     arguments = expand_names(["pseudolabel", *argv])[1:]
-    import yaml
     from jsonargparse import ArgumentParser
 
     from calm_pl.backbone.errors import BackboneError
@@ -46,12 +44,7 @@ def main(argv: list[str]) -> int:
     for name, default in (("devices", "1"), ("accelerator", "auto"), ("strategy", "auto"), ("precision", "32-true")):
         parser.add_argument(f"--{name}", default=default, help="as in Lightning's Trainer")
     parser.add_class_arguments(AudioEpisodeDataModule, "data", skip={"shots", "seed", "protocol", "pseudo_labels"})
-    shipped = yaml.safe_load((CONF_DIR / "calm.yaml").read_text())["data"]
-    defaults = [
-        f"--data.recipe={shipped['recipe']['class_path']}",
-        f"--data.backbone={CONF_DIR / shipped['backbone']}",
-    ]
-    options = parser.parse_args([*defaults, *arguments])
+    options = parser.parse_args([*shipped_defaults(), *arguments])
     hush()
     built = parser.instantiate(options)
     trainer = CalmTrainer(

@@ -233,7 +233,8 @@ def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = 
         if method != reference and reference in table
         for difference in paired_differences(rows, method, reference)
     ]
-    console.print(_against(differences, reference, shots))
+    if differences:
+        console.print(_against(differences, reference, shots))
     means_json = {
         method: {str(n): {"mean": mean, "half_interval": _number(half)} for n, (mean, half) in points.items()}
         for method, points in table.items()
