@@ -5,7 +5,7 @@ Shapes: N clips, K heads, D head dimension, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class HeadMetric:
         values_KD, vectors_KDD = (part.float() for part in torch.linalg.eigh(covariance_KDD.double()))
         fourth_K = fourth_K / scale_K.square() / max(1, len(heads_NKD))
         return cls(mean_KD, vectors_KDD, values_KD.clamp_min(0), scale_K, fourth_K, dimension_K, freedom, centre)
+
+    def around(self, centre: float) -> HeadMetric:
+        """The same metric around another share of the mean of the prototypes."""
+        return replace(self, mean_KD=self.mean_KD * (centre / self.centre), centre=centre)
 
     def shrinkage_of_heads(self, shrinkage: float | str | Tensor) -> Tensor:
         """g of every head (K,), from one number, one a head, or the name of a formula, `ledoit_wolf` or `oas`."""

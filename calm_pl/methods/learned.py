@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import Self
 
 from calm_pl import functional as F
+from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import check_support
 from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
@@ -25,6 +26,7 @@ from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
+CENTRES = (0.5, 1.0)
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TAUS = (0.07, 0.15, 0.3)
 POWERS = (1.0, 0.5, 0.25)
@@ -68,7 +70,7 @@ class LearnedWeights(MetricSpace):
             here from the start. Much at 1 shot, nothing from about 5 on.
         base_clips: how many clips of this support set the base's word is worth.
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
-        centre: of the within-head metric, as a share of the mean of the prototypes.
+        centre: of the within-head metric, as a share of the mean of the prototypes; None is chosen.
         tau: temperature of the head posteriors; None is chosen.
         shots: prototypes from this many random clips in an episode; None for leave-one-out episodes.
         episodes: random episodes a step (with `shots`).
@@ -95,7 +97,7 @@ class LearnedWeights(MetricSpace):
         base: Sequence[str] = (),
         base_clips: float = 50.0,
         shrinkage: float | str | None = None,
-        centre: float = CENTRE,
+        centre: float | None = None,
         tau: float | None = None,
         shots: int | None = None,
         episodes: int = 4,
@@ -139,10 +141,14 @@ class LearnedWeights(MetricSpace):
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
-        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, self.centre)
-        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
+        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
-        choices = self._choose_start(left_out, clips) if len(clips) else self._default_start(shrinkage)
+        if len(clips):
+            choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips)
+        else:
+            choices = self._default_start(metric.centre, shrinkage)
+        metric = metric.around(choices["centre"])
+        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         shrinkage, tau, power = choices["shrinkage"], choices["tau"], choices["tau_w"]
         voters = clips if len(clips) else torch.arange(len(labels_N), device=labels_N.device)
         posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, voters) / tau, -1)
@@ -167,13 +173,12 @@ class LearnedWeights(MetricSpace):
         self._make_parameters(self.start_logits_KC)
         return self
 
-    def _default_start(self, shrinkage: float) -> dict[str, Any]:
-        given = {"shrinkage": self.shrinkage, "tau": self.tau}
-        return {
-            "shrinkage": shrinkage,
-            **DEFAULT,
-            **{name: value for name, value in given.items() if value is not None},
-        }
+    def _default_start(self, centre: float, shrinkage: float) -> dict[str, Any]:
+        return {"centre": centre, "shrinkage": shrinkage, **DEFAULT, **self._given()}
+
+    def _given(self) -> dict[str, float | str]:
+        given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _no_trust(self) -> dict[str, Any]:
         self.trust = Trust()
@@ -207,35 +212,34 @@ class LearnedWeights(MetricSpace):
         _, calibration = calibrate(chosen.scores_NC, chosen.labels_N)
         return {**chosen.as_dict(), "tried": len(tried), "calibration": calibration}
 
-    def _choose_start(self, left_out: LeaveOneOut, clips: Tensor) -> dict[str, Any]:
-        """g, tau and the sharpness of the shared weights: their mean over all tried, weighted by likelihood.
+    def _choose_start(
+        self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, metric: HeadMetric, clips: Tensor
+    ) -> dict[str, Any]:
+        """Centre, g, tau and the sharpness of the shared weights: their mean over all tried, by likelihood.
 
         The likelihood is that of the clips left out, after calibration; the mean is geometric. With few clips many
         settings are nearly as likely as the best, which is the best by chance: their mean is the steadier choice.
         """
-        labels_N, found = left_out.labels_N[clips], []
-        for shrinkage in SHRINKAGES if self.shrinkage is None else (self.shrinkage,):
-            cosines_NKC = left_out.cosines(shrinkage, clips)
-            for tau in TAUS if self.tau is None else (self.tau,):
-                posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
-                for power in POWERS:
-                    weights_KC = shared_weights(posteriors_NKC, labels_N, power)
-                    scores_NC = torch.einsum("nkc,kc->nc", posteriors_NKC, weights_KC)
-                    _, nll = best_temperature(scores_NC, labels_N)
-                    found.append(({"shrinkage": shrinkage, "tau": tau, "tau_w": power}, nll))
-        likelihoods = torch.softmax(-len(labels_N) * torch.tensor([nll for _, nll in found]), 0)
-        settings = [
-            [s["tau"], s["tau_w"], 1.0 if isinstance(self.shrinkage, str) else s["shrinkage"]] for s, _ in found
-        ]
-        tau, power, mean_shrinkage = (likelihoods @ torch.tensor(settings).log()).exp().tolist()
-        shrinkage = mean_shrinkage if self.shrinkage is None else self.shrinkage
-        best, nll = min(found, key=lambda one: one[1])
-        return {
-            "shrinkage": shrinkage,
-            "tau": tau if self.tau is None else self.tau,
-            "tau_w": power,
-            "likeliest": {**best, "loo_nll": nll},
+        found = []
+        for centre in CENTRES if self.centre is None else (self.centre,):
+            left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric.around(centre))
+            for shrinkage in SHRINKAGES if self.shrinkage is None else (self.shrinkage,):
+                cosines_NKC = left_out.cosines(shrinkage, clips)
+                for tau in TAUS if self.tau is None else (self.tau,):
+                    posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
+                    for power in POWERS:
+                        weights_KC = shared_weights(posteriors_NKC, labels_N[clips], power)
+                        scores_NC = torch.einsum("nkc,kc->nc", posteriors_NKC, weights_KC)
+                        setting: dict[str, Any] = {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": power}
+                        found.append((setting, best_temperature(scores_NC, labels_N[clips])[1]))
+        likelihoods = torch.softmax(-len(clips) * torch.tensor([nll for _, nll in found]), 0)
+        likeliest, nll = min(found, key=lambda one: one[1])
+        chosen = {
+            name: float((likelihoods @ torch.tensor([setting[name] for setting, _ in found]).log()).exp())
+            for name, value in likeliest.items()
+            if not isinstance(value, str)
         }
+        return {**chosen, **self._given(), "likeliest": {**likeliest, "loo_nll": nll}}
 
     def _make_parameters(self, start_KC: Tensor) -> None:
         (num_heads, num_classes), device = start_KC.shape, start_KC.device

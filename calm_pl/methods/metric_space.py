@@ -1,9 +1,9 @@
 """Voting in the within-head metric: what `Calm` and `LearnedWeights` share.
 
 Two things are done to head outputs before the metric of `calm_pl.functional`. Each is scaled to length 1, since a
-cosine asks for directions and loud clips should not shape the metric. And the centre is half the mean of the
+cosine asks for directions and loud clips should not shape the metric. And the centre lies short of the mean of the
 prototypes: the mean of a few prototypes is itself uncertain, and a cosine around it forgets what all classes share
-and other sounds do not.
+and other sounds do not. How short depends on the backbone.
 
 Shapes: N clips, K heads, D head dimension, C classes.
 """
@@ -24,7 +24,7 @@ from calm_pl.methods.calibration import best_temperature
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.selection import judged_clips
 
-CENTRE = 0.5
+CENTRE = 0.8
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
 UNLABELLED_SHRINKAGE = 0.6  # the total covariance holds what tells classes apart, too: much of it must stay
 
