@@ -74,6 +74,7 @@ WORK    ?= build/calm-tiny
 MINUTES ?= 60
 
 calm-tiny: $(STAMP)  ## make the built-in model again: hours; see pretraining/README.md
+	$(BIN)/python -m pip install --quiet --editable '.[pretraining]'
 	mkdir -p $(WORK)
 	$(BIN)/python -m pretraining.corpus --work $(WORK) --esc50-names $(ESC)/audio
 	$(BIN)/python -m pretraining.encode --work $(WORK) --whisper $(WHISPER)
