@@ -72,7 +72,11 @@ def test_wandb_agents_start_the_same_commands(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "bayes"}, r"method: bayes: only a grid is known beforehand.*wandb sweep"),
+        ({"method": "annealing"}, r"method: annealing: choose grid, random or bayes"),
+        (
+            {"method": "random", "parameters": {"data.seed": {"distribution": "beta", "min": 0, "max": 5}}},
+            r"data\.seed has distribution: beta",
+        ),
         ({"program": "train.py"}, "does not run `calm fit`"),
         ({"parameters": {"data.seed": {"min": 0, "max": 5}}}, r"data\.seed has neither value nor values"),
     ],
@@ -80,6 +84,22 @@ def test_wandb_agents_start_the_same_commands(tmp_path):
 def test_what_cannot_be_run_here_is_told(tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["sweep", str(sweep_file(tmp_path, **changes))])
+
+
+def test_a_search_without_a_server_is_drawn_at_random(capsys):
+    file = find_config("sweep", "bayes")
+    points = read_points(file)
+    assert "drawn at random" in capsys.readouterr().err
+    assert len(points) == yaml.safe_load(file.read_text())["run_cap"]
+    assert points == read_points(file)
+    for key, about in yaml.safe_load(file.read_text())["parameters"].items():
+        values = [point.parameters[key] for point in points]
+        if "min" in about:
+            assert all(about["min"] <= value <= about["max"] for value in values)
+            middle = (about["min"] * about["max"]) ** 0.5
+            assert 0.2 < sum(value < middle for value in values) / len(values) < 0.8  # uniform in the logarithm
+        else:
+            assert set(values) == set(about.get("values", [about.get("value")]))
 
 
 def test_unknown_sweeps_are_told():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import math
+import random
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from calm_pl.progress import Task, is_quiet, quiet, say
 from calm_pl.training.finished import is_finished
 
 TABLE_WIDTH = 120
+RUN_CAP = 20  # points of a random sweep that does not say how many
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,18 @@ def main(argv: list[str]) -> int:
 
 
 def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
-    """Points of a sweep file's grid, in the file's order, the last parameter varying fastest.
+    """Points of a sweep file, in a fixed order.
+
+    A grid has all of its points, the last parameter varying fastest. ``random`` and ``bayes`` have ``run_cap`` points,
+    drawn at random from a fixed seed: a Bayesian search needs W&B's server.
 
     Args:
-        file: YAML in W&B's form: ``command``, ``method: grid``, ``parameters`` with ``value`` or ``values``.
+        file: YAML in W&B's form: ``command``, ``method``, ``run_cap``, ``parameters`` with ``value``, ``values``, or
+            ``min``, ``max`` and ``distribution``.
         extra: further arguments of every point, such as ``--data esc50``.
 
     Raises:
-        ValueError: the file asks for something that only W&B's server can do, or does not run ``calm fit``.
+        ValueError: the file does not run ``calm fit``, or asks for what cannot be drawn here.
     """
     import yaml
 
@@ -85,17 +92,23 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
     fixed = [part for part in command[command.index("fit") + 1 :] if not part.startswith("${")]
     # Without a server nothing is logged there, unless --logger is given to `calm sweep` itself.
     fixed = [part for part in fixed if not part.startswith("--logger")]
-    if sweep.get("method") != "grid":
-        raise ValueError(
-            f"{file} has method: {sweep.get('method')}: only a grid is known beforehand. "
-            f"W&B's server proposes such points: wandb sweep {file}, then wandb agent."
-        )
-    choices = {name: _choices(file, name, about) for name, about in sweep["parameters"].items()}
+    parameters = sweep["parameters"]
+    drawn: Iterable[tuple[Any, ...]]
+    if sweep.get("method") == "grid":
+        drawn = itertools.product(*(_choices(file, name, about) for name, about in parameters.items()))
+    elif sweep.get("method") in ("random", "bayes"):
+        rng = random.Random(0)
+        count = sweep.get("run_cap", RUN_CAP)
+        drawn = [tuple(_draw(file, name, about, rng) for name, about in parameters.items()) for _ in range(count)]
+        if sweep["method"] == "bayes":
+            say(f"{file.name}: its {count} points are drawn at random; to search, wandb sweep {file}")
+    else:
+        raise ValueError(f"{file} has method: {sweep.get('method')}: choose grid, random or bayes.")
     points = []
-    for values in itertools.product(*choices.values()):
-        parameters = dict(zip(choices, values, strict=True))
-        arguments = [f"--{name}={value}" for name, value in parameters.items()]
-        points.append(Point(parameters, (*fixed, *extra, *arguments)))
+    for values in drawn:
+        point = dict(zip(parameters, values, strict=True))
+        arguments = [f"--{name}={value}" for name, value in point.items()]
+        points.append(Point(point, (*fixed, *extra, *arguments)))
     return points
 
 
@@ -211,6 +224,25 @@ def _choices(file: Path, name: str, about: Mapping[str, Any]) -> list[Any]:
     raise ValueError(f"{file}: {name} has neither value nor values, so there is no grid over it.")
 
 
+def _draw(file: Path, name: str, about: Mapping[str, Any], rng: random.Random) -> Any:
+    """One value of a parameter, by W&B's rules for what its description leaves out."""
+    if "min" not in about or "max" not in about:
+        return rng.choice(_choices(file, name, about))
+    low, high = about["min"], about["max"]
+    whole = isinstance(low, int) and isinstance(high, int)
+    distribution = about.get("distribution", "int_uniform" if whole else "uniform")
+    if distribution == "int_uniform":
+        return rng.randint(low, high)
+    if distribution == "uniform":
+        return float(f"{rng.uniform(low, high):.4g}")
+    if distribution == "log_uniform_values":
+        return float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}")
+    raise ValueError(
+        f"{file}: {name} has distribution: {distribution}, which is not drawn here: choose uniform, int_uniform or "
+        "log_uniform_values."
+    )
+
+
 def _sweep_file(name: str) -> Path:
     """A file, or the name of a shipped one."""
     file = Path(name)
@@ -229,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calm sweep",
         usage="calm sweep SWEEP [--out FOLDER] [--no-extract] [options of `calm fit`]",
-        description="Run every point of a sweep file (W&B's form, method grid) here; finished points are skipped. "
+        description="Run every point of a sweep file (W&B's form) here; finished points are skipped. "
         "Several of these commands at once share the work. All other options go to `calm fit`.",
         epilog="example: calm sweep shots --data esc50 --backbone qwen2-audio",
         allow_abbrev=False,
