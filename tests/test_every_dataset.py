@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -25,9 +26,11 @@ ELSEWHERE = {"synthetic", "hf", "shards"}  # made on the spot, from a package th
 def make_train(dataset: str, data_dir: Path, run_dir: Path, tiny_lalm: str, *more: str) -> dict:
     """What `make train` does after installing; the report, the same for every set, is left out."""
     arguments = ["--model formula --data.num_workers 0 --trainer.accelerator cpu", *more]
-    command = ["make", "-n", "train", f"DATASET={dataset}", f"DATA_DIR={data_dir}", f"RUN_DIR={run_dir}", "SHOTS=1",
+    command = ["make", "-n", "--no-print-directory", "train", f"DATASET={dataset}", f"DATA_DIR={data_dir}",
+               f"RUN_DIR={run_dir}", "SHOTS=1",
                f"BACKBONE={tiny_lalm}", f"ARGS={' '.join(arguments)}"]  # fmt: skip
-    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    planned = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     line = planned.replace("\\\n", " ").splitlines()[-1]
     program, *given = shlex.split(line)
     assert program.endswith("/calm")

@@ -265,6 +265,13 @@ def test_learning_is_the_same_at_a_second_run_and_knows_only_its_support_set():
     assert json.dumps(first.choices())
 
 
+def test_a_perfect_support_set_makes_nobody_surer_than_its_clips_tell():
+    certain = torch.softmax(40 * torch.eye(4), 1)
+    assert best_temperature(certain, torch.arange(4))[0] > 1
+    doubtful = torch.tensor([[0.6, 0.4], [0.4, 0.6]])
+    assert best_temperature(doubtful, torch.arange(2))[0] < 0.2
+
+
 def test_calibration_lowers_the_likelihood_loss_and_keeps_the_order():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (200,), generator=generator)

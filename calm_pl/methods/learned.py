@@ -21,7 +21,7 @@ from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import CENTRE, MetricSpace, directions
+from calm_pl.methods.metric_space import MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
@@ -31,6 +31,7 @@ SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TAUS = (0.07, 0.15, 0.3)
 POWERS = (1.0, 0.5, 0.25)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
+SINGLE_CLIP_CENTRE = 0.5
 DEFAULT = {"tau": 0.15, "tau_w": 1.0}
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
@@ -141,7 +142,7 @@ class LearnedWeights(MetricSpace):
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
-        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, CENTRE)
+        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, SINGLE_CLIP_CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
         if len(clips):
             choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips)
