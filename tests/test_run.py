@@ -149,8 +149,8 @@ def test_two_processes_give_what_one_gives(run_folder, tones, tiny_lalm, tmp_pat
     assert two["splits"] == one["splits"]
     for name, figures in one["methods"].items():
         assert two["methods"][name]["accuracy"] == figures["accuracy"], name
-        # Other batches round heads otherwise, which can move a temperature by a step of its grid.
-        assert two["methods"][name]["nll"] == pytest.approx(figures["nll"], abs=0.05), name
+        # Not likelihoods: two processes round heads otherwise, and of settings as good another may be chosen.
+        assert two["methods"][name]["macro_f1"] == figures["macro_f1"], name
     paths = [row["path"] for row in csv.DictReader((tmp_path / "run" / "predictions.csv").open())]
     assert len(paths) == len(set(paths)) == 9
 

@@ -255,8 +255,7 @@ def test_two_wandb_agents_on_one_store_find_what_one_process_finds(sweep, tmp_pa
         for method, found in figures(run).items():  # of heads that went through the backbone in other batches
             expected = figures(alone / f"shots={shots},seed=0")[method]
             assert found["accuracy"] == expected["accuracy"], method
-            # Other batches round heads otherwise, which can move a temperature by a step of its grid.
-            assert found["nll"] == pytest.approx(expected["nll"], abs=0.05), method
+            assert found["macro_f1"] == expected["macro_f1"], method
         assert len(list(run.glob("wandb/offline-run-*-point/*.wandb"))) == 1
 
 

@@ -24,6 +24,9 @@ class ShardLostError(Exception):
     """A shard went away or was set aside while it was being used; what it held may be elsewhere."""
 
 
+LOOKS = 20  # at a folder that others merge shards in
+
+
 class ShardIndex:
     """Clip key -> shard and row. Of shards with the same clip, the one whose name sorts first counts."""
 
@@ -44,16 +47,28 @@ class ShardIndex:
         return next(iter(self._shards.values()), None)
 
     def refresh(self) -> None:
-        """Learn of shards written, merged or deleted since the last look; only headers are read."""
+        """Learn of shards written, merged or deleted since the last look; only headers are read.
+
+        Where shards went away meanwhile, others may be merging them into one that this look came too early for.
+        """
+        for _ in range(LOOKS):
+            if not self._look():
+                return
+
+    def _look(self) -> bool:
+        """Read the folder once; whether shards had gone away, before or while it was read."""
         try:
             found = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(SUFFIX)}
         except FileNotFoundError:
             found = set()
-        if gone := self._shards.keys() - found:
+        gone = self._shards.keys() - found
+        if gone:
             self._forget(gone)
-        for name in sorted(found - self._shards.keys() - self.corrupt):
+        new = sorted(found - self._shards.keys() - self.corrupt)
+        for name in new:
             with contextlib.suppress(ShardLostError), self._losing(name):
                 self.add(Shard.open(self.folder / name, self.dtype))
+        return bool(gone) or any(name not in self._shards and name not in self.corrupt for name in new)
 
     def add(self, shard: Shard) -> None:
         """Count on a shard that lies in the folder."""
