@@ -61,6 +61,16 @@ def stream_seconds(container: InputContainer, stream: Stream) -> float | None:
     return None
 
 
+def packet_seconds(container: InputContainer, stream: Stream) -> float:
+    """Length by the packets' times: reads the file to its end, decodes nothing."""
+    ends = [
+        float((packet.pts + (packet.duration or 0)) * packet.time_base)
+        for packet in container.demux(stream)
+        if packet.pts is not None and packet.time_base is not None
+    ]
+    return max(ends, default=0.0) - start_seconds(container)
+
+
 def start_seconds(container: InputContainer) -> float:
     """Where the file's clock starts; all times that people give count from there."""
     return (container.start_time or 0) / 1_000_000
@@ -124,16 +134,11 @@ class SoundTrack:
             yield from to_float.resample(frame)
 
     def _demuxed_seconds(self) -> float:
-        """Length by the packets' times: reads the file, decodes nothing."""
-        ends = [
-            float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            for packet in self.container.demux(self.stream)
-            if packet.pts is not None and packet.time_base is not None
-        ]
+        seconds = packet_seconds(self.container, self.stream)
         self.container.close()
         self.container = open_container(self.path)
         self.stream = self.container.streams.audio[0]
-        return max(ends, default=0.0) - start_seconds(self.container)
+        return seconds
 
     def close(self) -> None:
         self.container.close()

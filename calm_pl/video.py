@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calm_pl.audio import AudioError, check_file
-from calm_pl.container import SEEKABLE, open_container, start_seconds, stream_seconds
+from calm_pl.container import SEEKABLE, open_container, packet_seconds, start_seconds, stream_seconds
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -63,8 +63,8 @@ def load_frames(
     with open_container(path) as container:
         stream = _pictures(path, container)
         seconds = stream_seconds(container, stream)
-        if seconds is not None and begin >= seconds:
-            raise VideoError(path, f"{begin:g} s lies outside its pictures, which last {seconds:.3f} s")
+        if seconds is not None:
+            _check_inside(path, begin, seconds)
         try:
             frames = [_rgb(frame) for frame in _sampled(container, stream, begin, stop, 1 / rate)]
         except av.error.FFmpegError as error:
@@ -75,6 +75,31 @@ def load_frames(
     if wanted is not None and len(frames) < wanted - SLACK_SECONDS * rate:
         raise VideoError(path, f"truncated: {wanted - len(frames):.0f} of its last frames are missing; fetch it again")
     return torch.stack(frames)
+
+
+def video_seconds(path: str | os.PathLike[str], start: float | None = None, end: float | None = None) -> float:
+    """Length in seconds of a file's pictures, or of those from `start` to `end`, without decoding them.
+
+    Raises:
+        AudioError, VideoError: as `load_frames`, where headers tell.
+    """
+    check_file(path)
+    import av
+
+    with open_container(path) as container:
+        stream = _pictures(path, container)
+        try:
+            seconds = stream_seconds(container, stream) or packet_seconds(container, stream)
+        except av.error.FFmpegError as error:
+            raise VideoError(path, f"truncated or damaged ({error.strerror}); fetch it again") from None
+    begin = start or 0.0
+    _check_inside(path, begin, seconds)
+    return (seconds if end is None else min(end, seconds)) - begin
+
+
+def _check_inside(path: str | os.PathLike[str], begin: float, seconds: float) -> None:
+    if begin >= seconds:
+        raise VideoError(path, f"{begin:g} s lies outside its pictures, which last {seconds:.3f} s")
 
 
 def _pictures(path: str | os.PathLike[str], container: InputContainer) -> VideoStream:

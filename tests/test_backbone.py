@@ -169,7 +169,7 @@ def test_label_likelihoods_equal_whole_forwards(lalm, oracle_clips):
     for row, clip in enumerate(oracle_clips):
         for column, label in enumerate(labels):
             text = lalm.processor.text(clip) + label
-            whole = lalm.processor._process([text], [lalm.processor.load(clip)])
+            whole = lalm.processor._process([text], lalm.processor.load(clip))
             count = len(lalm.processor.tokenizer(label).input_ids)
             with shorter_encoder(lalm.model, whole["input_features"]):
                 log_p_TV = lalm.model(**whole).logits[0].log_softmax(-1)

@@ -6,6 +6,7 @@ import json
 import struct
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from tests.conftest import RATE
 av = pytest.importorskip("av")
 
 from calm_pl.container import SoundTrack  # noqa: E402
-from calm_pl.video import MAX_PIXELS, VideoError, load_frames  # noqa: E402
+from calm_pl.video import MAX_PIXELS, VideoError, load_frames, video_seconds  # noqa: E402
 from examples.audiovisual import FILM_RATE, write_film  # noqa: E402
 
 
@@ -76,6 +77,15 @@ def test_frames_are_those_shown_at_the_wanted_times(film, options, brightness):
     assert frames_F3HW.dtype == torch.uint8 and frames_F3HW.shape == (len(brightness), 3, 48, 64)
     seen_F = frames_F3HW.float().mean((1, 2, 3))
     torch.testing.assert_close(seen_F, torch.tensor(brightness, dtype=torch.float32), atol=4, rtol=0)
+
+
+@pytest.mark.parametrize("container", ["mp4", "webm", "ts"])  # the last tells no length
+def test_length_is_that_of_the_pictures(tmp_path, container):
+    path = write_film(tmp_path / f"film.{container}", grey(), tone(0.4))
+    assert video_seconds(path) == pytest.approx(2.0, abs=0.01)
+    assert video_seconds(path, 0.5, 1.25) == pytest.approx(0.75)
+    with pytest.raises(VideoError, match="2.5 s lies outside its pictures, which last 2.000 s"):
+        video_seconds(path, 2.5)
 
 
 def test_large_frames_are_shrunk_in_proportion(tmp_path):
@@ -229,7 +239,6 @@ def test_audio_alone_never_opens_the_video(tiny_lalm, tones, tmp_path):
     [
         ({"modality": "smell"}, "choose one of audio, video, audiovisual"),
         ({"modality": "video"}, "Qwen2AudioProcessor takes no pictures: set modality to audio"),
-        ({"modality": "video", "long_clips": "split"}, "long_clips=split is for sound"),
         ({"frame_rate": 0}, "more than 0 frames a second"),
     ],
 )
@@ -265,6 +274,26 @@ def test_sound_and_pictures_are_interleaved_by_two_seconds(omni, tmp_path):
     assert turns == ["V", "A"] * 3  # 0 to 2 s, 2 to 4 s, 4 to 5 s
     assert bool(inputs.model_inputs["use_audio_in_video"])
     assert "<|vision_bos|><|audio_bos|>" in text
+
+
+@pytest.mark.parametrize("modality", ["video", "audiovisual"])
+def test_long_films_are_split_by_time_and_averaged(omni, tmp_path, modality):
+    whole, split = (FrozenLALM.from_pretrained(omni, modality=modality, long_clips=way) for way in ("cut", "split"))
+    long, short = (str(write_film(tmp_path / f"{s}.mkv", grey(s), tone(s))) for s in (5.0, 1.0))  # the window is 2 s
+    heads_NKD = split.head_outputs([Clip(long, start=0.25), Clip(short)], batch_size=2)
+    end = 0.25 + split.processor.content.seconds(Clip(long, start=0.25))
+    thirds = np.linspace(0.25, end, 4).tolist()
+    pieces_NKD = whole.head_outputs([Clip(long, start=a, end=b) for a, b in pairwise(thirds)], batch_size=1)
+    assert (pieces_NKD[0] - pieces_NKD[2]).abs().max() > 1e-3
+    torch.testing.assert_close(heads_NKD[0], pieces_NKD.mean(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(heads_NKD[1:], whole.head_outputs([short]), atol=1e-4, rtol=0)
+
+
+def test_long_silent_films_are_counted_where_they_are_cut(omni, tmp_path):
+    films = [Clip(str(write_film(tmp_path / f"{s}.mp4", grey(s), None))) for s in (3.0, 1.0)]
+    processor = Backbone(str(omni), modality="video").clip_processor()
+    with pytest.warns(UserWarning, match="1 of 2 clips are longer than the model's window of 2 s"):
+        assert processor.warn_of_cut_clips(films) == 1
 
 
 def test_a_classifier_of_films_can_be_kept_and_used(omni, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calm_pl.audio import load_audio
+from calm_pl.audio import audio_seconds, load_audio
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.clip import Clip
 
@@ -19,7 +19,7 @@ Modality = Literal["audio", "video", "audiovisual"]
 
 
 class Media(NamedTuple):
-    """What is decoded of one clip."""
+    """What is decoded of one clip, or of a piece of a long one."""
 
     waveform_S: Tensor  # float32, mono, at the model's rate; empty where nothing is heard
     frames_F3HW: Tensor | None = None  # uint8, RGB; None where nothing is seen
@@ -70,6 +70,18 @@ class Content:
 
             frames_F3HW = load_frames(clip.video or clip.audio, self.frame_rate, clip.start, clip.end, max_seconds)
         return Media(waveform_S, frames_F3HW)
+
+    def seconds(self, clip: Clip) -> float:
+        """Length of a clip by its header: of its sound where it is heard, else of its pictures.
+
+        Raises:
+            AudioError: as :meth:`load`, where the header tells.
+        """
+        if self.hears:
+            return audio_seconds(clip.audio, clip.start, clip.end)
+        from calm_pl.video import video_seconds
+
+        return video_seconds(clip.video or clip.audio, clip.start, clip.end)
 
     @property
     def interleaved(self) -> bool:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
+from calm_pl.audio import AudioError
 from calm_pl.backbone import mistral
 from calm_pl.backbone.content import Content, Media, Modality
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.window import can_be_cut, mixes_from, shorter_features
-from calm_pl.clip import DEFAULT_QUESTION, Clip, seconds_or_zero
+from calm_pl.clip import DEFAULT_QUESTION, Clip
 
 DEFAULT_PROMPT = "{question} Answer with the class name."
 PaddingSide = Literal["left", "right"]
@@ -120,8 +122,6 @@ class ClipProcessor:
     ) -> None:
         if long_clips not in get_args(LongClips):
             raise BackboneError(f"long_clips={long_clips!r} is unknown: choose cut or split.")
-        if long_clips == "split" and modality != "audio":
-            raise BackboneError(f"long_clips=split is for sound: with modality={modality} clips are cut.")
         try:
             config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
             self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
@@ -155,22 +155,37 @@ class ClipProcessor:
             if self.start_tokens is None:
                 raise BackboneError(f"{checkpoint} has no chat template: add its chat_template.jinja to the folder.")
 
-    def load(self, clip: Clip) -> Media:
-        """Decode one clip, as long as :meth:`__call__` takes. Raises AudioError."""
-        return self.content.load(clip, self.sampling_rate, self.max_seconds if self.long_clips == "cut" else None)
+    def load(self, clip: Clip) -> list[Media]:
+        """Decode one clip, no further than the window; where long ones are split, its pieces. Raises AudioError."""
+        return [self.content.load(piece, self.sampling_rate, self.max_seconds) for piece in self._pieces(clip)]
+
+    def _pieces(self, clip: Clip) -> list[Clip]:
+        """The clip, or, where long ones are split, the even stretches of time of which none exceeds the window."""
+        if self.max_seconds is None or self.long_clips == "cut":
+            return [clip]
+        begin, seconds = clip.start or 0.0, self.content.seconds(clip)
+        count = math.ceil(seconds / self.max_seconds)
+        times = [clip.start, *(begin + seconds * i / count for i in range(1, count)), clip.end]
+        return [replace(clip, start=start, end=end) for start, end in pairwise(times)]
 
     def warn_of_cut_clips(self, clips: Sequence[Clip]) -> int:
         """Warn of clips longer than the model's window where they are cut; return how many there are."""
         if self.max_seconds is None or self.long_clips == "split":
             return 0
-        count = sum(seconds_or_zero(clip) > self.max_seconds + UNHEARD_SECONDS for clip in clips)
+        count = sum(self._loses(clip, self.max_seconds + UNHEARD_SECONDS) for clip in clips)
         if count:
             warnings.warn(
                 f"{count} of {len(clips)} clips are longer than the model's window of {self.max_seconds:g} s: what "
-                "comes later is not heard. long_clips=split averages over all of it.",
+                "comes later is left out. long_clips=split averages over all of it.",
                 stacklevel=2,
             )
         return count
+
+    def _loses(self, clip: Clip, window: float) -> bool:
+        try:
+            return self.content.seconds(clip) > window
+        except AudioError:  # told when it is decoded
+            return False
 
     def question(self, clip: Clip) -> str:
         """The text after the audio."""
@@ -200,11 +215,19 @@ class ClipProcessor:
             "what is heard or seen: replace the checkpoint's chat_template.jinja."
         )
 
-    def __call__(self, clips: Sequence[Clip], media: Sequence[Media]) -> LALMInputs:
+    def __call__(self, clips: Sequence[Clip], media: Sequence[Sequence[Media]]) -> LALMInputs:
         """Batch clips with what was decoded of them (:meth:`load`); every sound yields at least one audio token."""
-        window = math.inf if self.max_seconds is None else round(self.max_seconds * self.sampling_rate)
-        if any(len(x_S) > window for x_S, _ in media):
-            return self._in_pieces(clips, media, int(window))
+        order = tuple(i for i, pieces in enumerate(media) for _ in pieces)
+        flat = [piece for pieces in media for piece in pieces]
+        size = len(clips)
+        if len(flat) == size:
+            return self._batch(clips, flat)
+        chunks = (slice(at, at + size) for at in range(0, len(flat), size))  # no batch is larger than this one
+        parts = tuple(self._batch([clips[i] for i in order[chunk]], flat[chunk]) for chunk in chunks)
+        return LALMInputs({}, torch.zeros(size, dtype=torch.long), parts=parts, order=order)
+
+    def _batch(self, clips: Sequence[Clip], media: Sequence[Media]) -> LALMInputs:
+        """One batch of clips or pieces."""
         if self.start_tokens is not None:
             return self._start_token_inputs([x_S for x_S, _ in media])
         if len({min(len(x_S), self.mixes_from) for x_S, _ in media}) > 1:
@@ -224,20 +247,9 @@ class ClipProcessor:
         rows: dict[float, list[int]] = defaultdict(list)
         for row, (x_S, _) in enumerate(media):
             rows[min(len(x_S), self.mixes_from)].append(row)
-        parts = tuple(self([clips[i] for i in part], [media[i] for i in part]) for part in rows.values())
+        parts = tuple(self._batch([clips[i] for i in part], [media[i] for i in part]) for part in rows.values())
         order = tuple(i for part in rows.values() for i in part)
         return LALMInputs({}, torch.zeros(len(clips), dtype=torch.long), parts=parts, order=order)
-
-    def _in_pieces(self, clips: Sequence[Clip], media: Sequence[Media], window: int) -> LALMInputs:
-        """Long clips in even pieces, in batches no larger than this one."""
-        pieces = [x_S.tensor_split(max(1, -(-len(x_S) // window))) for x_S, _ in media]
-        flat = [Media(piece_S) for clip_pieces in pieces for piece_S in clip_pieces]
-        order = tuple(i for i, clip_pieces in enumerate(pieces) for _ in clip_pieces)
-        size = len(clips)
-        parts = tuple(
-            self([clips[i] for i in order[at : at + size]], flat[at : at + size]) for at in range(0, len(flat), size)
-        )
-        return LALMInputs({}, torch.zeros(size, dtype=torch.long), parts=parts, order=order)
 
     def _inputs(self, inputs: Mapping[str, Tensor]) -> LALMInputs:
         mask_BT = inputs["attention_mask"]

@@ -85,7 +85,7 @@ class ClipBatches(Dataset[ClipBatch]):
     def __getitem__(self, item: int) -> ClipBatch:
         if self._processor is None:  # built in the worker, once
             self._processor = self.backbone.clip_processor()
-        media: dict[int, Media] = {}
+        media: dict[int, list[Media]] = {}
         errors: list[str] = []
         for index in self.batches[item]:
             try:
@@ -147,7 +147,7 @@ class ShardBatches(IterableDataset[ClipBatch]):
             kept = [key if begin + row in wanted else None for row, key in enumerate(keys[begin:][: len(batch)])]
             if any(kept):
                 clips = [item.clip for item in batch]
-                inputs = processor(clips, [Media(item.waveform_S) for item in batch])
+                inputs = processor(clips, [[Media(item.waveform_S)] for item in batch])
                 yield ClipBatch(clips, kept, inputs, errors)
                 errors = []
         if errors:

@@ -71,16 +71,16 @@ def fitting_batch_size(run: Pass, processor: ClipProcessor, clips: Sequence[Clip
     longest = _longest(processor, clips)
     if longest is None:
         return 1
-    clip, medium = longest
+    clip, media = longest
     ballast = _ballast()
     size = 1
-    while size < LARGEST_BATCH and _fits(run, processor([clip] * (2 * size), [medium] * (2 * size))):
+    while size < LARGEST_BATCH and _fits(run, processor([clip] * (2 * size), [media] * (2 * size))):
         size *= 2
     del ballast
     return size
 
 
-def _longest(processor: ClipProcessor, clips: Sequence[Clip]) -> tuple[Clip, Media] | None:
+def _longest(processor: ClipProcessor, clips: Sequence[Clip]) -> tuple[Clip, list[Media]] | None:
     for (index,) in length_batches(clips, 1):
         try:
             return clips[index], processor.load(clips[index])
