@@ -256,7 +256,7 @@ def listen(recipe: Recipe, model: str, folder: Path, store: str, fit: bool = Fal
     """Test on a data set, after fitting if asked; leaves a run folder."""
     options = {"shots": None, "batch_size": 2, "num_workers": 0, "store_dtype": "float32"}
     data = AudioEpisodeDataModule(recipe, Backbone(model), store=store, **options)
-    module = CalmModule({"sav": SAV(), "calm": Calm()}, "calm", zero_shot=False)
+    module = CalmModule({"sav": SAV(), "calm": Calm()}, "calm")
     trainer = CalmTrainer(**QUIET, **{"devices": 1, **devices}, default_root_dir=folder, callbacks=[RunFolder()])
     if fit:
         trainer.fit(module, datamodule=data)
@@ -282,6 +282,7 @@ def test_a_stream_is_tested_without_a_store(tone_shards, tones, tiny_lalm, tmp_p
     listen(Shards(str(tone_shards)), tiny_lalm, tmp_path / "stream", "none")
     in_two_ranks(listen_in_two_ranks, Shards(str(tone_shards)), tiny_lalm, tmp_path / "two", "none")
     assert outcome(tmp_path / "stream") == outcome(tmp_path / "two") == outcome(tmp_path / "files")
+    assert outcome(tmp_path / "two")[0].keys() == {"zero_shot", "sav", "calm"}
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["splits"]["test"] == 9 and "00000099.wav" in results["skipped"][0]["audio"]
     assert sorted(Path(store).rglob("*")) == before and not Path("none").exists()

@@ -14,8 +14,9 @@ from torchmetrics.functional.classification import multilabel_f1_score
 
 from calm_pl import AudioEpisodeDataModule, Backbone
 from calm_pl.clip import Clip
-from calm_pl.data import write_manifest
+from calm_pl.data.manifest import read_manifest, write_manifest
 from calm_pl.data.recipes import Manifest
+from calm_pl.data.shards import write_shards
 from calm_pl.training.metrics import figures
 from calm_pl.training.multilabel import mean_average_precision_draws, multi_label_figures
 from calm_pl.training.results import columns_of, results_table
@@ -152,9 +153,25 @@ def test_fit_tells_what_several_labels_ask_for(chords, tiny_lalm, tmp_path, caps
     assert sum(exact) / 6 == pytest.approx(results["methods"]["calm_learned"]["exact_match"])
     assert all(len(row["label"].split("|")) == len(row["prediction"].split("|")) for row in rows)
     assert (tmp_path / "report.html").is_file()
+    streamed(chords, tmp_path, results)
     with pytest.raises(SystemExit, match="several labels, which compare cannot count"):
         calm("compare", "--data", "manifest", "--data.recipe.init_args.data_dir", chords, "--backbone", tiny_lalm,
              "--out", tmp_path / "compared")  # fmt: skip
+
+
+def streamed(chords: Path, run: Path, kept: dict) -> None:
+    """The same clips, in shards and without a store, give the same figures."""
+    pytest.importorskip("webdataset")
+    write_shards([clip for clip in read_manifest(chords) if clip.split == "test"], run / "shards", per_shard=4)
+    calm(
+        "test", "--ckpt_path", run / "checkpoints/last.ckpt", "--data", "shards", "--data.store", "none",
+        "--data.recipe.init_args.data_dir", run / "shards", "--data.num_workers", "0", "--run_dir", run / "stream",
+    )  # fmt: skip
+    passed = json.loads((run / "stream" / "results.json").read_text())["methods"]
+    assert passed.keys() == kept["methods"].keys()
+    for name, known in kept["methods"].items():
+        for figure in ("exact_match", "sample_f1", "accuracy"):
+            assert passed[name][figure] == pytest.approx(known[figure]), (name, figure)
 
 
 def test_the_best_map_is_in_bold():

@@ -12,8 +12,12 @@ from calm_pl import cli
 from calm_pl.backbone.answers import generate_answers, label_log_likelihoods, letter_log_likelihoods
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
+from calm_pl.data.manifest import read_manifest, write_manifest
+from calm_pl.data.options import mcq
+from calm_pl.data.shards import write_shards
 from calm_pl.training.metrics import figures
 from calm_pl.training.zero_shot import ZeroShot
+from tests.test_run import calm
 
 CLASSES = ["dog", "rain", "sea", "wind"]
 
@@ -105,3 +109,35 @@ def test_fit_and_test_ask_as_configured(tiny_lalm, tones, tmp_path, answers):
     assert cli.main(arguments) in (0, None)
     results = json.loads(Path(tmp_path / "run" / "results.json").read_text())
     assert results["protocol"] == "mcq" and 0 <= results["methods"]["zero_shot"]["accuracy"] <= 1
+
+
+@pytest.fixture
+def asked_tones(tones, tmp_path) -> Path:
+    """The clips with questions of their own, in a manifest and, those for testing, in shards."""
+    pytest.importorskip("webdataset")
+    clips = mcq(read_manifest(tones), ["high", "low", "middle"], num_options=2)
+    write_manifest(clips, tmp_path / "clips.jsonl")
+    write_shards([clip for clip in clips if clip.split == "test"], tmp_path / "shards", per_shard=4)
+    return tmp_path
+
+
+def test_clips_of_a_stream_are_asked_about_within_their_options(tiny_lalm, asked_tones):
+    run, stream = asked_tones / "run", asked_tones / "stream"
+    asking = ("--data.protocol", "mcq", "--model.zero_shot_by", "letters", "--data.within_options", "true")
+    calm(
+        "fit", "--data", "manifest", "--data.recipe.init_args.data_dir", asked_tones / "clips.jsonl", *asking,
+        "--backbone", tiny_lalm, "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--run_dir", run,
+        "--model", "formula", "--model.zero_shot", "true", "--data.shots", "2", "--data.store_dtype", "float32",
+    )  # fmt: skip
+    streamed = (
+        "test", "--ckpt_path", run / "checkpoints/last.ckpt", "--data", "shards",
+        "--data.recipe.init_args.data_dir", asked_tones / "shards", "--data.store", "none", "--run_dir", stream,
+    )  # fmt: skip
+    calm(*streamed, "--data.num_workers", "1")
+    kept, passed = (json.loads((folder / "results.json").read_text())["methods"] for folder in (run, stream))
+    assert list(passed) == list(kept) and next(iter(passed)) == "zero_shot"
+    for name, known in kept.items():
+        assert passed[name]["accuracy"] == known["accuracy"]
+        assert passed[name]["nll"] == pytest.approx(known["nll"], abs=1e-3)
+    with pytest.raises(SystemExit, match=r"shards/clips-.*wav: comes with answer options, .* set protocol=mcq"):
+        calm(*streamed, "--data.protocol", "open", "--data.within_options", "false")

@@ -105,7 +105,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         self.clips: list[Clip] = []
         self.skipped: dict[int, str] = {}
         self.heads: HeadStore | FrozenLALM  # whose numbers of heads results tell: the store, or a stream's backbone
-        self.streamed: list[tuple[int, Clip]] = []
+        self.streamed: dict[int, Clip] = {}
         self.stream_errors: list[str] = []
 
     # What there is
@@ -132,10 +132,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                     "shards are a stream, whose head outputs are not kept: fit on files (folder, manifest), then "
                     "`calm test --ckpt_path ... --data shards --data.store none`."
                 )
-            if self.protocol.lists_options:
-                raise ValueError("shards hold the questions that they were made with: protocol=mcq is for files.")
             self.parts = dict.fromkeys(PARTS, range(0))
-            self.labels = torch.empty(0, dtype=torch.long)
+            self.expect([])
             return
         clips = self.asked(self.recipe.clips())
         if self.backbone.modality == "audio":  # videos that nobody watches need not be hashed for the clips' keys
@@ -172,7 +170,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
     @property
     def multi_label(self) -> bool:
         """Whether a clip has several labels. ``labels`` then is (N, C), 1 for each label of a clip, else (N,)."""
-        return any(len(clip.labels) > 1 for clip in self.clips)
+        return any(len(clip.labels) > 1 for clip in (self.streamed.values() if self.streams else self.clips))
 
     def asked(self, clips: list[Clip]) -> list[Clip]:
         """The clips with the question of the protocol, see `Protocol.asked`."""
@@ -263,39 +261,46 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         size = DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
         share = (self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        self.streamed, self.stream_errors = [], []
+        self.streamed, self.stream_errors = {}, []
         batches = ShardBatches(self.recipe.urls(), self.backbone, size, share=share)
         return stream_loader(batches, self.num_workers, pin_memory=on_gpu)
 
-    def label_streamed(self, batch: ClipBatch, heads_BKD: Tensor, classes: Sequence[str]) -> LabelledHeads:
-        """Give clips of a stream their positions and labels, and remember who they were.
+    def expect(self, classes: Sequence[str]) -> None:
+        """The classes that labels of a stream may be; any of its clips may have several."""
+        self.classes = list(classes)
+        self.labels = torch.empty(0, len(classes), dtype=torch.uint8)
+
+    def label_streamed(self, batch: ClipBatch, heads_BKD: Tensor) -> LabelledHeads:
+        """Give clips of a stream their positions and labels (B, C), and remember who they were.
 
         Raises:
-            ValueError: a clip has a label that is none of the classes.
+            ValueError: a clip has a label that is none of the classes, or its question is of the other protocol.
         """
         assert self.trainer is not None
         self.stream_errors += batch.errors
         indices: list[int] = []
-        labels: list[int] = []
-        for clip in batch.clips:
-            label = clip.labels[0] if clip.labels else None
-            if label is not None and label not in classes:
-                raise ValueError(f"{clip.audio}: its label {label} is none of the classes {', '.join(classes)}.")
+        labels_BC = torch.zeros(len(batch.clips), len(self.classes), dtype=torch.uint8)
+        for clip, labels_C in zip(batch.clips, labels_BC, strict=True):
+            self.protocol.check_own(clip)
+            for label in clip.labels:
+                if label not in self.classes:
+                    known = ", ".join(self.classes)
+                    raise ValueError(f"{clip.audio}: its label {label} is none of the classes {known}.")
+                labels_C[self.classes.index(label)] = 1
             # Ranks do not know how many clips the others have, so they take turns.
             indices.append(len(self.streamed) * self.trainer.world_size + self.trainer.global_rank)
-            labels.append(-1 if label is None else classes.index(label))
-            self.streamed.append((indices[-1], clip))
-        return LabelledHeads(torch.tensor(indices, dtype=torch.long), heads_BKD, torch.tensor(labels, dtype=torch.long))
+            self.streamed[indices[-1]] = clip
+        return LabelledHeads(torch.tensor(indices, dtype=torch.long), heads_BKD, labels_BC)
 
     def gather_streamed(self) -> None:
         """Tell all ranks of all clips that were streamed. A collective call."""
-        self.streamed = of_all_ranks(self.streamed)
+        self.streamed = dict(of_all_ranks(list(self.streamed.items())))
         self.stream_errors = of_all_ranks(self.stream_errors)
         self.parts["test"] = range(len(self.streamed))
 
     def clips_at(self, positions: Sequence[int]) -> list[Clip]:
         """The clips that results know by these positions."""
-        known = dict(self.streamed) if self.streams else self.clips
+        known = self.streamed if self.streams else self.clips
         return [known[i] for i in positions]
 
     # What results are filed under

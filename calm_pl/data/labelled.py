@@ -30,6 +30,9 @@ class LabelledHeads:
     def __init__(self, indices_B: Tensor, heads_BKD: Tensor, labels_B: Tensor) -> None:
         self.indices_B, self.heads_BKD, self.labels_B = indices_B, heads_BKD, labels_B
 
+    def __len__(self) -> int:
+        return len(self.indices_B)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> LabelledHeads:
         """Called by Lightning."""
         tensors = (self.indices_B, self.heads_BKD, self.labels_B)

@@ -61,6 +61,20 @@ class Protocol:
             return clips
         return [clip if clip.question else replace(clip, question=recipe.question) for clip in clips]
 
+    def check_own(self, clip: Clip) -> None:
+        """Refuse a clip of a stream, which keeps the question that it came with, if that is of the other protocol.
+
+        Raises:
+            ValueError: it lists options under ``open``, or none under ``mcq``.
+        """
+        if clip.options and not self.lists_options:
+            raise ValueError(f"{clip.audio}: comes with answer options, which is the mcq protocol: set protocol=mcq.")
+        if self.lists_options and not clip.options:
+            raise ValueError(
+                f"{clip.audio}: has no answer options, which protocol=mcq asks with: give them in the manifest that "
+                "the shards are made from."
+            )
+
     def among_options(self, probabilities_BC: Tensor, clips: Sequence[Clip], classes: Sequence[str]) -> Tensor:
         """With ``within_options`` the probabilities without classes that the clips' questions do not list.
 

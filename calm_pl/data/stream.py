@@ -46,6 +46,9 @@ class ClipBatch:
     def __init__(self, clips: list[Clip], keys: list[str | None], inputs: LALMInputs | None, errors: list[str]) -> None:
         self.clips, self.keys, self.inputs, self.errors = clips, keys, inputs, errors
 
+    def __len__(self) -> int:
+        return len(self.clips)
+
     def pin_memory(self) -> ClipBatch:
         return ClipBatch(self.clips, self.keys, self.inputs and self.inputs.pin_memory(), self.errors)
 

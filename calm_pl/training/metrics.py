@@ -49,6 +49,10 @@ class ClipScores(Metric):
         self.labels.append(labels_B)
         self.probabilities.append(probabilities_BC.float())
 
+    def one_label_each(self) -> None:
+        """Replace rows of 0 and 1 by the one true class that each clip has, -1 where unknown."""
+        self.labels = [torch.where(rows_BC.bool().any(1), rows_BC.long().argmax(1), -1) for rows_BC in self.labels]
+
     def of_all_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
         """(indices_N, probabilities_NC, labels_N) of every clip that any rank has seen, in the order of indices.
 

@@ -32,6 +32,7 @@ from calm_pl.training.spoofing import GENUINE, attack_table, is_spoofing, spoofi
 from calm_pl.training.zero_shot import Answers, ZeroShot
 
 CHECKPOINT_KEY = "calm_pl"
+ZERO_SHOT = "zero_shot"  # what its row is called in results
 
 
 class CalmModule(L.LightningModule):
@@ -120,10 +121,21 @@ class CalmModule(L.LightningModule):
         self.data.heads = self._extraction.lalm
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Clips of a stream become head outputs here, in no more memory than a batch takes."""
         if isinstance(batch, ClipBatch):
-            batch = self.data.label_streamed(batch, self._extraction.heads_of(batch), self.classes)
+            return batch  # FrozenLALM.forward moves what it needs
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _heard(self, batch: LabelledHeads | ClipBatch) -> LabelledHeads:
+        """Clips of a stream become head outputs here, in no more memory than a batch takes, and are asked about."""
+        if isinstance(batch, LabelledHeads):
+            return batch
+        labelled = self.data.label_streamed(batch, self._extraction.heads_of(batch)).to(self.device)
+        if ZERO_SHOT in self.scores:
+            asking = ZeroShot(self.data.backbone, batch.clips, self.classes, self.zero_shot_by, self._extraction.lalm)
+            kept_BV = asking.heads_of(batch).squeeze(1).cpu()
+            probabilities_BC = asking.probabilities(kept_BV, batch.clips).to(self.device)
+            self.scores[ZERO_SHOT].update(labelled.indices_B, probabilities_BC, labelled.labels_B)
+        return labelled
 
     def _fit_methods(self) -> None:
         # On this rank's device, where the optimiser will want everything.
@@ -212,8 +224,8 @@ class CalmModule(L.LightningModule):
 
     # Testing
 
-    def _start_scoring(self) -> None:
-        self.scores = {name: ClipScores().to(self.device) for name in self.methods}
+    def _start_scoring(self, *others: str) -> None:
+        self.scores = {name: ClipScores().to(self.device) for name in (*others, *self.methods)}
         nothing = torch.empty(0, dtype=torch.long, device=self.device)
         for scores in self.scores.values():  # so that a rank without clips has states of the right shape to gather
             no_labels = self.data.labels[:0].to(self.device)
@@ -221,7 +233,8 @@ class CalmModule(L.LightningModule):
         self._scoring_started = time.perf_counter()
 
     def on_test_epoch_start(self) -> None:
-        self._start_scoring()
+        # Clips of a stream pass by once; the others are asked about at the end.
+        self._start_scoring(*([ZERO_SHOT] if self.data.streams and self._asks() else []))
 
     def on_validation_epoch_start(self) -> None:
         self._start_scoring()
@@ -229,7 +242,8 @@ class CalmModule(L.LightningModule):
     def on_predict_epoch_start(self) -> None:
         self._start_scoring()
 
-    def test_step(self, batch: LabelledHeads, batch_idx: int) -> None:
+    def test_step(self, batch: LabelledHeads | ClipBatch, batch_idx: int) -> None:
+        batch = self._heard(batch)
         with full_precision(self.device):
             for name, method in self.methods.items():
                 probabilities_BC = self.data.among_options(batch.indices_B, method(batch.heads_BKD))
@@ -238,7 +252,8 @@ class CalmModule(L.LightningModule):
     def validation_step(self, batch: LabelledHeads, batch_idx: int) -> None:
         self.test_step(batch, batch_idx)
 
-    def predict_step(self, batch: LabelledHeads, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: LabelledHeads | ClipBatch, batch_idx: int) -> Tensor:
+        batch = self._heard(batch)
         with full_precision(self.device):
             probabilities_BC = self.methods[self.classifier](batch.heads_BKD)
             probabilities_BC = self.data.among_options(batch.indices_B, probabilities_BC)
@@ -250,18 +265,16 @@ class CalmModule(L.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         if self.data.streams:
-            self.data.gather_streamed()
+            self._end_stream()
 
     def on_validation_epoch_end(self) -> None:
         self._log_figures("val")
 
     def _log_figures(self, part: str) -> None:
         if self.data.streams:
-            self.data.gather_streamed()
-        elif self.zero_shot and self.data.backbone.answers_questions():
-            self.scores = {"zero_shot": self._zero_shot_scores(part), **self.scores}
-        elif self.zero_shot and self.trainer.is_global_zero:
-            print(f"zero_shot is left out: {self.data.backbone.name} transcribes, and answers no questions")
+            self._end_stream()
+        elif self._asks():
+            self.scores = {ZERO_SHOT: self._zero_shot_scores(part), **self.scores}
         self.figures = {name: scores.compute() for name, scores in self.scores.items()}
         self.attacks = self._spoofing_figures() if is_spoofing(self.classes) else {}
         self.timing[f"{part}_seconds"] = time.perf_counter() - self._scoring_started
@@ -270,6 +283,20 @@ class CalmModule(L.LightningModule):
                 if not figure.endswith("_interval"):
                     # Gathered over ranks already: every rank holds the same number.
                     self.log(f"{part}/{name}/{figure}", value, rank_zero_only=True)
+
+    def _end_stream(self) -> None:
+        """Only now it is known whether clips have several labels. A collective call."""
+        self.data.gather_streamed()
+        if not self.data.multi_label:
+            for scores in self.scores.values():
+                scores.one_label_each()
+
+    def _asks(self) -> bool:
+        """Whether the backbone is asked in words too; says so where it cannot be."""
+        able = self.zero_shot and self.data.backbone.answers_questions()
+        if self.zero_shot and not able and self.trainer.is_global_zero:
+            print(f"zero_shot is left out: {self.data.backbone.name} transcribes, and answers no questions")
+        return able
 
     def _spoofing_figures(self) -> dict[str, Any]:
         """Add the equal error rates; return figures by attack for each method, where the recipe knows attacks."""
@@ -318,7 +345,7 @@ class CalmModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.classes = list(checkpoint[CHECKPOINT_KEY]["classes"])
         if self._trainer is not None and self.data.streams:
-            self.data.classes = self.classes
+            self.data.expect(self.classes)
         elif self._trainer is not None and self.classes != self.data.classes:
             raise ValueError(f"the checkpoint knows the classes {self.classes}, the data has {self.data.classes}.")
 

@@ -69,11 +69,11 @@ class RunProgress(ProgressBar):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: LabelledHeads,
+        batch: LabelledHeads | ClipBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._advance(len(batch.indices_B))
+        self._advance(len(batch))
 
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end
 

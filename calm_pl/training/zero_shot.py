@@ -18,6 +18,7 @@ from calm_pl.backbone.answers import (
     letter_log_likelihoods,
     named_labels,
 )
+from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
@@ -39,6 +40,7 @@ class ZeroShot(HeadExtraction):
         clips: N clips to ask about.
         classes: C names.
         answers: how the answer is told.
+        lalm: the backbone, where it is loaded already.
 
     Raises:
         ValueError: ``answers`` is unknown, or ``letters`` of a clip without options.
@@ -46,8 +48,15 @@ class ZeroShot(HeadExtraction):
 
     title = "asking in words"
 
-    def __init__(self, backbone: Backbone, clips: Sequence[Clip], classes: Sequence[str], answers: Answers) -> None:
-        super().__init__(backbone)
+    def __init__(
+        self,
+        backbone: Backbone,
+        clips: Sequence[Clip],
+        classes: Sequence[str],
+        answers: Answers,
+        lalm: FrozenLALM | None = None,
+    ) -> None:
+        super().__init__(backbone, lalm)
         if answers not in get_args(Answers):
             raise ValueError(f"zero_shot_by={answers!r} is unknown: choose one of {', '.join(get_args(Answers))}.")
         bare = next((clip for clip in clips if not clip.options), None)
