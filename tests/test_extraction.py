@@ -36,6 +36,7 @@ from calm_pl.training.extraction import ClipDataModule, HeadExtraction, StoreWri
 from calm_pl.training.module import CalmModule
 from calm_pl.training.run_folder import RunFolder
 from calm_pl.training.trainer import CalmTrainer
+from tests.conftest import tone
 
 # Forks of a process that has imported everything and started nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -318,6 +319,18 @@ def test_a_batch_that_does_not_fit_is_run_in_halves(small_gpu, unbroken, tones, 
         extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=8)
     assert sum("out of memory" in str(warning.message) for warning in told) == 1
     torch.testing.assert_close(store.read(store.clip_keys(clips)), unbroken, atol=2e-3, rtol=2e-3)
+
+
+def test_pieces_of_long_clips_are_halved_too(small_gpu, tiny_lalm, tmp_path):
+    clips = [Clip(str(tone(tmp_path / f"{index}.wav", 300 * (index + 1), 4.0 + 4 * index))) for index in range(4)]
+    backbone = Backbone(tiny_lalm, long_clips="split")
+    inputs = backbone.clip_processor()(clips, [backbone.clip_processor().load(clip) for clip in clips])
+    assert max(len(part.last_token_B) for part in inputs.parts) == 4  # more than there is memory for
+    store = HeadStore(backbone.store_key(), tmp_path, dtype="float32")
+    with pytest.warns(UserWarning, match="out of memory with a batch of 4 clips"):
+        extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=4)
+    expected_NKD = FrozenLALM.from_pretrained(tiny_lalm, long_clips="split").head_outputs(clips)
+    torch.testing.assert_close(store.read(store.clip_keys(clips)), expected_NKD, atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_fit_alone_is_an_error(small_gpu, tones, tiny_lalm, tmp_path):

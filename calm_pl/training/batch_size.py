@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -49,7 +50,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _halves(inputs: LALMInputs) -> list[LALMInputs] | None:
-    """The inputs as two batches, padded as they are; None for one clip, or where a tensor has no row a clip."""
+    """The inputs as two batches, padded as they are; None for one clip, or where a tensor has no row a clip.
+
+    Of a batch in parts each part is halved, and it stays one batch: what it makes of its clips' pieces is its own.
+    """
+    if inputs.parts:
+        halves = [_halves(part) or [part] for part in inputs.parts]
+        parts = tuple(chain.from_iterable(halves))
+        return [replace(inputs, parts=parts)] if len(parts) > len(inputs.parts) else None
     size = len(inputs.last_token_B)
     tensors = inputs.model_inputs.values()
     if size < 2 or not tensors or any(len(x) != size for x in tensors):
