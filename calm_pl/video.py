@@ -55,12 +55,12 @@ def load_frames(
         VideoError: it has no pictures, is truncated or damaged, or `start` and `end` lie outside it.
     """
     check_file(path)
-    import av
-
     begin, stop = start or 0.0, math.inf if end is None else end
     if max_seconds is not None:
         stop = min(stop, begin + max_seconds)
     with open_container(path) as container:
+        import av
+
         stream = _pictures(path, container)
         seconds = stream_seconds(container, stream)
         if seconds is not None:
@@ -84,9 +84,9 @@ def video_seconds(path: str | os.PathLike[str], start: float | None = None, end:
         AudioError, VideoError: as `load_frames`, where headers tell.
     """
     check_file(path)
-    import av
-
     with open_container(path) as container:
+        import av
+
         stream = _pictures(path, container)
         try:
             seconds = stream_seconds(container, stream) or packet_seconds(container, stream)

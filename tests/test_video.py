@@ -18,12 +18,16 @@ from calm_pl.audio import AudioError, audio_seconds, load_audio
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
+from calm_pl.baselines import SAV
 from calm_pl.classifier import CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
-from calm_pl.data.recipes import Folder
+from calm_pl.data.recipes import Folder, Shards
+from calm_pl.data.shards import write_shards
 from calm_pl.headstore import HeadStore
+from calm_pl.training.module import CalmModule
+from calm_pl.training.trainer import CalmTrainer
 from tests.conftest import RATE
 
 av = pytest.importorskip("av")
@@ -342,6 +346,40 @@ def test_bad_films_are_left_out_and_named_in_the_results(omni, tmp_path, capsys)
     assert reasons.keys() == {"silent.mp4", "blind.m4a", "torn.mp4"}
     assert "no sound track" in reasons["silent.mp4"] and "no pictures" in reasons["blind.m4a"]
     assert set(results["methods"]) == {"zero_shot", "calm"}
+
+
+@pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
+def test_films_from_shards_are_heard_and_seen_as_files_are(omni, tmp_path, modality, capsys):
+    pytest.importorskip("webdataset")
+    sound, film, other = (str(tmp_path / name) for name in ("sound.wav", "film.mp4", "other.webm"))
+    soundfile.write(sound, tone(1.5)[::-1], RATE)
+    write_film(Path(film), grey(1.5), tone(1.5))
+    write_film(Path(other), grey(1.0)[::-1], tone(1.0))
+    clips = [
+        *(Clip(film), Clip(film, video=film), Clip(film, start=0.5, end=1.25), Clip(sound, video=film)),
+        *(Clip(other), Clip(film, video=other), Clip(sound, start=0.25, end=1.0, video=film)),
+    ]
+    torn, cut = tmp_path / "torn.mp4", tmp_path / "cut.webm"  # a header tells of the first; of the second, decoding
+    torn.write_bytes(Path(film).read_bytes()[:700])
+    whole = write_film(tmp_path / "whole.webm", grey(3.0), tone(3.0)).read_bytes()
+    cut.write_bytes(whole[: len(whole) // 5])
+    unusable = [Clip(str(torn)), Clip(sound, video=str(torn)), Clip(str(cut))]
+    (shard,), errors = write_shards([*clips, *unusable], tmp_path / "tar")
+    assert [error.path for error in errors] == [str(torn)] * 2
+
+    backbone = Backbone(str(omni), modality=modality)
+    store = HeadStore(backbone.store_key(), tmp_path / "heads")
+    data = AudioEpisodeDataModule(Shards(str(shard.parent)), backbone, batch_size=3, store=str(store.root))
+    trainer = CalmTrainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    trainer.extract(CalmModule({"sav": SAV()}, "sav"), data)
+    told = capsys.readouterr().out
+    assert "1 clips cannot be used" in told and f"{shard}/00000009.webm: truncated" in told
+    if modality == "audio":
+        clips = [replace(clip, video=None) for clip in clips]
+    keys = store.clip_keys(clips)
+    assert store.missing(keys) == []
+    direct_NKD = backbone.load().head_outputs(clips, batch_size=1)
+    torch.testing.assert_close(store.read(keys), direct_NKD, atol=2e-3, rtol=2e-3)
 
 
 def test_the_example_finds_that_both_together_tell_more(monkeypatch, tmp_path):

@@ -1,9 +1,8 @@
 """Data sets that fit nowhere: clips in WebDataset tar shards, read as a stream, and written from a manifest.
 
-A sample of a shard is a run of members that share a name up to its first dot: the sound (`00000042.flac`) and what is
-known of it, as JSON with the fields of a `Clip` (`00000042.json`) or just its label (`.txt` or `.cls`).
-
-S: samples.
+A sample of a shard is a run of members that share a name up to its first dot: the sound or the film (`00000042.flac`,
+`00000042.mp4`) or both, and what is known of it, as JSON with the fields of a `Clip` (`00000042.json`) or just its
+label (`.txt` or `.cls`). A clip's `video`, where it names one, is the member `00000042.video.mp4`.
 """
 
 from __future__ import annotations
@@ -16,42 +15,44 @@ import shlex
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import soundfile
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from calm_pl.audio import EXTENSIONS, AudioError, audio_seconds, load_audio
+from calm_pl.audio import EXTENSIONS, VIDEO_EXTENSIONS, AudioError, audio_seconds, load_audio
 from calm_pl.clip import Clip
 from calm_pl.headstore import clip_key
 
+T = TypeVar("T")
+
 _KNOWN = ("label", "split", "group", "question", "options")
+_VIDEO = ".video"  # before the suffix of a file that a clip names as its video
 _LABEL_SUFFIXES = (".txt", ".cls")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 _END_MARK = bytes(1024)  # what an uncompressed tar archive ends with (POSIX ustar)
 
 
 @dataclass(frozen=True)
-class ShardClip:
+class ShardClip(Generic[T]):
     """One clip of a shard, decoded.
 
     Attributes:
-        clip: `audio` is the shard's address and the member's name; nothing lies there on disk.
-        waveform_S: float32 mono at the rate asked for.
-        key: the clip's key in a `HeadStore`; the same as of a file with the same bytes.
+        clip: `audio` and `video` are the shard's address and the member's name; nothing lies there on disk.
+        content: what was decoded of it.
+        key: the clip's key in a `HeadStore`; the same as of files with the same bytes.
     """
 
     clip: Clip
-    waveform_S: Tensor
+    content: T
     key: str
 
 
-class ShardClips(IterableDataset[ShardClip | AudioError]):
+class ShardClips(IterableDataset[ShardClip[T] | AudioError]):
     """Streams the clips of tar shards; memory holds one clip at a time.
 
     A clip that cannot be used, and a shard that cannot be opened or ends early, comes as an `AudioError` that names
@@ -60,8 +61,8 @@ class ShardClips(IterableDataset[ShardClip | AudioError]):
     Args:
         urls: one address or several; braces are expanded (`clips-{000..099}.tar`). A path, `https:`, `s3:` (by the
             `aws` tool), `gs:` (by `gsutil`), or `pipe:` and a shell command that prints the archive.
-        sampling_rate: rate to resample to, in Hz.
-        max_seconds: read no more than this many seconds of a clip.
+        load: decodes a clip of files, as `ClipProcessor.load` does; raises `AudioError` for one that cannot be used.
+        pictures: whether films beside the sound are wanted; else they are passed over, and a film alone is its sound.
         share: (rank, world size). Whole shards are dealt to ranks, and those of a rank to its DataLoader's workers, so
             there should be at least as many shards as workers in all.
 
@@ -72,21 +73,21 @@ class ShardClips(IterableDataset[ShardClip | AudioError]):
     def __init__(
         self,
         urls: str | Sequence[str],
-        sampling_rate: int,
-        max_seconds: float | None = None,
+        load: Callable[[Clip], T],
+        pictures: bool = False,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.urls = shard_urls(urls)
-        self.sampling_rate = sampling_rate
-        self.max_seconds = max_seconds
+        self.load = load
+        self.pictures = pictures
         self.share = share
 
-    def __iter__(self) -> Iterator[ShardClip | AudioError]:
+    def __iter__(self) -> Iterator[ShardClip[T] | AudioError]:
         for shard in self.shards():
             yield from shard
 
-    def shards(self) -> Iterator[Iterator[ShardClip | AudioError]]:
+    def shards(self) -> Iterator[Iterator[ShardClip[T] | AudioError]]:
         """The clips of each shard that is this process's; one shard at a time."""
         rank, world_size = self.share
         urls = self.urls[rank::world_size]
@@ -94,30 +95,43 @@ class ShardClips(IterableDataset[ShardClip | AudioError]):
             urls = urls[worker.id :: worker.num_workers]
         return map(self._shard, urls)
 
-    def _shard(self, url: str) -> Iterator[ShardClip | AudioError]:
+    def _shard(self, url: str) -> Iterator[ShardClip[T] | AudioError]:
         try:
             for sample, members in groupby(_members(url), key=lambda member: member[0]):
                 yield self._clip(f"{url}/{sample}", {suffix: data for _, suffix, data in members})
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             yield AudioError(url, f"the shard cannot be read to its end ({error}); the rest of its clips is missing")
 
-    def _clip(self, name: str, members: Mapping[str, bytes]) -> ShardClip | AudioError:
-        suffix = next((suffix for suffix in members if suffix.endswith(EXTENSIONS)), None)
-        if suffix is None:
-            return AudioError(name, f"no sound among its members ({', '.join(members)})")
-        content = members[suffix]
+    def _clip(self, name: str, members: Mapping[str, bytes]) -> ShardClip[T] | AudioError:
+        heard, seen = _heard_and_seen(members, self.pictures)
+        if heard is None:
+            return AudioError(name, f"no sound and no film among its members ({', '.join(members)})")
         try:
-            clip = Clip(name + suffix, **_fields(members))
-            # The decoder looks at a file from several sides, so it gets one.
-            with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-                file.write(content)
-                file.flush()
-                waveform_S = load_audio(file.name, self.sampling_rate, clip.start, clip.end, self.max_seconds)
-        except AudioError as error:
-            return AudioError(name + suffix, error.reason)
+            clip = Clip(name + heard, video=seen and name + seen, **_fields(members))
         except (ValueError, TypeError) as error:
-            return AudioError(name + suffix, f"its JSON does not describe a clip: {error}")
-        return ShardClip(clip, waveform_S, clip_key(clip, hashlib.sha256(content).hexdigest()))
+            return AudioError(name + heard, f"its JSON does not describe a clip: {error}")
+        with tempfile.TemporaryDirectory() as folder:
+            # The decoders look at a file from several sides, so they get files.
+            files = {suffix: os.path.join(folder, f"clip{suffix}") for suffix in (heard, seen) if suffix}
+            for suffix, file in files.items():
+                Path(file).write_bytes(members[suffix])
+            try:
+                content = self.load(replace(clip, audio=files[heard], video=seen and files[seen]))
+            except AudioError as error:
+                bad = next(suffix for suffix, file in files.items() if file == error.path)
+                return AudioError(name + bad, error.reason)
+        digests = {suffix: hashlib.sha256(members[suffix]).hexdigest() for suffix in files}
+        return ShardClip(clip, content, clip_key(clip, digests[heard], digests[seen] if seen else None))
+
+
+def _heard_and_seen(members: Mapping[str, bytes], pictures: bool) -> tuple[str | None, str | None]:
+    """Which members are a clip's `audio` and `video`. A film alone is both, and is its `video` only if named so."""
+    sounds = [suffix for suffix in members if suffix.endswith(EXTENSIONS) and not suffix.startswith(_VIDEO)]
+    sounds.sort(key=lambda suffix: suffix.endswith(VIDEO_EXTENSIONS))
+    films = [suffix for suffix in members if suffix.startswith(_VIDEO)]
+    heard = next(iter([*sounds, *films]), None)
+    films += [suffix for suffix in sounds if suffix.endswith(VIDEO_EXTENSIONS) and suffix != heard]
+    return heard, films[0] if films and pictures else None
 
 
 def _members(url: str) -> Iterator[tuple[str, str, bytes]]:
@@ -208,23 +222,21 @@ def write_shards(
 ) -> tuple[list[Path], list[AudioError]]:
     """Write clips as `clips-000000.tar`, ... with up to `per_shard` clips each, in their order.
 
-    A whole file goes in byte by byte. Of a clip with `start` or `end` only that part goes in, mono at its own rate as
+    A whole file goes in byte by byte. Of a sound with `start` or `end` only that part goes in, mono at its own rate as
     32-bit floats, so that what a model hears stays the same to the last bit (AU, because libsndfile writes the time of
-    day into float WAV). Equal clips give equal archives, and so equal keys in a head store.
+    day into float WAV). Films cannot be cut without loss, so they go in whole, with `start` and `end` in the JSON.
+    Equal clips give equal archives, and so equal keys in a head store.
 
     Returns:
         The shards, and an error for each clip that was left out because its file cannot be read.
 
     Raises:
         FileExistsError: the folder holds tar files already.
-        ValueError: a clip has a video, which shards do not carry.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if found := next(target.glob("*.tar"), None):
         raise FileExistsError(f"{found} exists; write to an empty folder")
-    if film := next((clip for clip in clips if clip.video), None):
-        raise ValueError(f"{film.video}: shards carry sound only; leave videos out of the manifest")
     parent = os.path.commonpath([os.path.dirname(clip.audio) for clip in clips])
     shards: list[Path] = []
     errors: list[AudioError] = []
@@ -234,28 +246,55 @@ def write_shards(
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
             for index, clip in enumerate(clips[begin : begin + per_shard], start=begin):
                 try:
-                    suffix, sound = _sound(clip)
+                    members = _film(clip) if _is_film(clip) else _sound(clip)
                 except AudioError as error:
                     errors.append(error)
                     continue
-                about = {name: value for name in _KNOWN if (value := getattr(clip, name)) is not None}
+                known = (*_KNOWN, "start", "end") if _is_film(clip) else _KNOWN
+                about = {name: value for name in known if (value := getattr(clip, name)) is not None}
                 about["audio"] = os.path.relpath(clip.audio, parent)  # for people; nothing reads it
-                _add(archive, f"{index:08d}{suffix}", sound)
+                for suffix, content in members.items():
+                    _add(archive, f"{index:08d}{suffix}", content)
                 _add(archive, f"{index:08d}.json", json.dumps(about, ensure_ascii=False).encode())
         partial.replace(shards[-1])
     return shards, errors
 
 
-def _sound(clip: Clip) -> tuple[str, bytes]:
-    """Suffix and content of the file that a shard holds of a clip. Raises AudioError."""
+def _is_film(clip: Clip) -> bool:
+    return clip.video is not None or clip.audio.lower().endswith(VIDEO_EXTENSIONS)
+
+
+def _film(clip: Clip) -> dict[str, bytes]:
+    """The files of a clip with pictures, by suffix. Raises AudioError for one that holds neither sound nor pictures."""
+    from calm_pl.video import video_seconds
+
+    stretch = (clip.start, clip.end)
+    if clip.video in (None, clip.audio):
+        try:
+            video_seconds(clip.audio, *stretch)
+        except AudioError:
+            audio_seconds(clip.audio, *stretch)  # a film's container may hold sound alone
+    else:
+        audio_seconds(clip.audio, *stretch)
+        video_seconds(clip.video, *stretch)
+    members = {}
+    if clip.audio != clip.video:
+        members[Path(clip.audio).suffix.lower()] = Path(clip.audio).read_bytes()
+    if clip.video:
+        members[_VIDEO + Path(clip.video).suffix.lower()] = Path(clip.video).read_bytes()
+    return members
+
+
+def _sound(clip: Clip) -> dict[str, bytes]:
+    """The file that a shard holds of a clip without pictures, by suffix. Raises AudioError."""
     audio_seconds(clip.audio, clip.start, clip.end)
     if clip.start is None and clip.end is None:
-        return Path(clip.audio).suffix.lower(), Path(clip.audio).read_bytes()
+        return {Path(clip.audio).suffix.lower(): Path(clip.audio).read_bytes()}
     rate = soundfile.info(clip.audio).samplerate
     file = io.BytesIO()
     waveform_S = load_audio(clip.audio, rate, clip.start, clip.end)
     soundfile.write(file, waveform_S.numpy(), rate, format="AU", subtype="FLOAT")
-    return ".au", file.getvalue()
+    return {".au": file.getvalue()}
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

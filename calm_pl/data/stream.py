@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from calm_pl.audio import AudioError
 from calm_pl.backbone.content import Media
-from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip, length_batches
@@ -132,17 +131,17 @@ class ShardBatches(IterableDataset[ClipBatch]):
 
     def __iter__(self) -> Iterator[ClipBatch]:
         processor = self.backbone.clip_processor()
-        if processor.content.sees:
-            raise BackboneError(f"shards carry sound only: modality {self.backbone.modality} needs files.")
-        stream = ShardClips(self.urls, processor.sampling_rate, processor.max_seconds, self.share)
+        stream = ShardClips(self.urls, processor.load, processor.content.sees, self.share)
         for shard in stream.shards():
             while read := list(islice(shard, SORTED_BATCHES * self.batch_size)):
                 yield from self._sorted_batches(read, processor)
 
-    def _sorted_batches(self, read: Sequence[ShardClip | AudioError], processor: ClipProcessor) -> Iterator[ClipBatch]:
+    def _sorted_batches(
+        self, read: Sequence[ShardClip[list[Media]] | AudioError], processor: ClipProcessor
+    ) -> Iterator[ClipBatch]:
         errors = [str(item) for item in read if isinstance(item, AudioError)]
         items = [item for item in read if isinstance(item, ShardClip)]
-        items.sort(key=lambda item: -len(item.waveform_S))
+        items.sort(key=lambda item: -sum(map(_size, item.content)))
         keys = [item.key for item in items]
         wanted = set(range(len(items)) if self.store is None else self.store.missing(keys))
         for begin in range(0, len(items), self.batch_size):
@@ -150,11 +149,17 @@ class ShardBatches(IterableDataset[ClipBatch]):
             kept = [key if begin + row in wanted else None for row, key in enumerate(keys[begin:][: len(batch)])]
             if any(kept):
                 clips = [item.clip for item in batch]
-                inputs = processor(clips, [[Media(item.waveform_S)] for item in batch])
+                inputs = processor(clips, [item.content for item in batch])
                 yield ClipBatch(clips, kept, inputs, errors)
                 errors = []
         if errors:
             yield ClipBatch([], [], None, errors)
+
+
+def _size(medium: Media) -> int:
+    """By which clips are sorted: samples, or frames where nothing is heard."""
+    frames = 0 if medium.frames_F3HW is None else len(medium.frames_F3HW)
+    return len(medium.waveform_S) or frames
 
 
 def stream_loader(batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False) -> DataLoader[ClipBatch]:
