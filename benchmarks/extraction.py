@@ -9,6 +9,7 @@ On one model and one set of generated clips, in turns:
     stopped                the same, ended at the last head that is read (`FrozenLALM.forward`)
     ours                   from the files to the head store, by Trainer.predict with workers
     *_whole_window         plain and ours with the encoder's window never cut
+    compiled               stopped, of a model compiled by torch (`--compile`)
 
 Speeds are medians over rounds. On CPU the model gets `--threads` cores, and workers take others where there are any.
 There the ratios compare seconds of CPU that the model's process took, which other programs on the machine disturb less
@@ -315,9 +316,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="cores of the model, on CPU")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile (not with --shape)")
     parser.add_argument("--curve", action="store_true", help="also speed and memory over batch sizes")
     parser.add_argument("--name", default="extraction", help="results/<name>.json")
     options = parser.parse_args()
+    if options.compile and options.shape:
+        parser.error("--compile takes a checkpoint (--backbone), no --shape")
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     return options
 
@@ -352,6 +356,10 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         "plain_whole_window": bench.forward("plain", cut_window=False),
         "ours_whole_window": bench.ours(cut_window=False),
     }
+    if options.compile:
+        compiled = replace(bench.backbone, compile=True).load(options.dtype, options.device)
+        ways["compiled"] = replace(bench, lalm=compiled).forward("stopped")
+        ways["compiled"]()  # compiles
     bench.forward("plain")()  # warms up
     rounds = [{name: way() for name, way in ways.items()} for _ in range(options.rounds)]
     figures = {name: median([one[name] for one in rounds]) for name in ways}

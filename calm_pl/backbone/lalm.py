@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm_pl.backbone.checkpoints import adapter_folder, resolve_checkpoint
+from calm_pl.backbone.compilation import compile_layers
 from calm_pl.backbone.config import load_config, model_class_of
 from calm_pl.backbone.content import Modality
 from calm_pl.backbone.errors import BackboneError
@@ -98,6 +99,7 @@ class FrozenLALM:
         adapter: str | None = None,
         modality: Modality = "audio",
         frame_rate: float = 2.0,
+        compile: bool = False,
     ) -> FrozenLALM:
         """Load an audio-language checkpoint by its config.
 
@@ -121,9 +123,11 @@ class FrozenLALM:
             adapter: a LoRA adapter (needs peft): a folder, a folder inside the checkpoint, or a hub id.
             modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual`` (needs PyAV).
             frame_rate: frames a second of a video.
+            compile: by ``torch.compile``, all of the layers but the attention that is read; equal up to rounding.
 
         Raises:
-            BackboneError: no checkpoint there, no audio input, no network and nothing cached, no readable heads.
+            BackboneError: no checkpoint there, no audio input, no network and nothing cached, no readable heads; no
+                C++ compiler for ``compile``.
         """
         if isinstance(dtype, str):
             if dtype not in DTYPES:
@@ -155,7 +159,10 @@ class FrozenLALM:
             raise BackboneError(f"the weights of {path_or_hub_id} cannot be loaded: {error}") from error
         if adapter is not None:
             load_adapter(model, adapter_folder(adapter, checkpoint))
-        return cls(model, processor, heads, layers, pooling)
+        lalm = cls(model, processor, heads, layers, pooling)
+        if compile:
+            compile_layers(model, lalm.sites)
+        return lalm
 
     @torch.inference_mode()
     def forward(self, inputs: LALMInputs) -> Tensor:

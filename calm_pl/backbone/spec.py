@@ -45,6 +45,7 @@ class Backbone:
         modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual``; the last two need a model that sees,
             and PyAV.
         frame_rate: frames a second of a video.
+        compile: by ``torch.compile``, which needs a C++ compiler; the first batch takes a minute longer.
     """
 
     path: str = "calm-tiny"
@@ -62,6 +63,7 @@ class Backbone:
     adapter: str | None = None
     modality: str = "audio"
     frame_rate: float = 2.0
+    compile: bool = False
 
     @property
     def name(self) -> str:
@@ -107,6 +109,7 @@ class Backbone:
             adapter=self.adapter,
             modality=self.modality,  # type: ignore[arg-type]  # checked by Content
             frame_rate=self.frame_rate,
+            compile=self.compile,
         )
 
     def _state_on_disk(self) -> tuple[tuple[str, int, int], ...]:
@@ -149,7 +152,7 @@ class Backbone:
     def store_key(self, dtype: str = "float32", root: str | Path | None = None) -> Mapping[str, Any]:
         """Everything but the clip that decides a head output; a head store is keyed by it.
 
-        ``attn_implementation`` is left out: implementations agree up to rounding.
+        ``attn_implementation`` and ``compile`` are left out: they change nothing but the rounding.
         """
         key: dict[str, Any] = {
             "backbone": self.name,
