@@ -21,17 +21,15 @@ from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import MetricSpace, directions
+from calm_pl.methods.metric_space import CENTRE, SHRINKAGES, MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 CENTRES = (0.5, 1.0)
-SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 TAUS = (0.07, 0.15, 0.3)
 POWERS = (1.0, 0.5, 0.25)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
-SINGLE_CLIP_CENTRE = 0.5
 DEFAULT = {"tau": 0.15, "tau_w": 1.0}
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
@@ -142,7 +140,7 @@ class LearnedWeights(MetricSpace):
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
-        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, SINGLE_CLIP_CENTRE)
+        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
         if len(clips):
             choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips)
@@ -151,21 +149,25 @@ class LearnedWeights(MetricSpace):
         metric = metric.around(choices["centre"])
         left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         shrinkage, tau, power = choices["shrinkage"], choices["tau"], choices["tau_w"]
-        voters = clips if len(clips) else torch.arange(len(labels_N), device=labels_N.device)
-        posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, voters) / tau, -1)
         base_K1 = base_weights(self.base, heads_NKD.shape[1]).to(labels_N.device)[:, None] if self.base else None
 
-        def start(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
-            weights_KC = shared_weights(posteriors_NKC, labels_N, power)
+        def with_base(weights_KC: Tensor, count: int) -> Tensor:
             if base_K1 is None:
                 return weights_KC
-            return (len(labels_N) * weights_KC + self.base_clips * base_K1) / (len(labels_N) + self.base_clips)
+            return (count * weights_KC + self.base_clips * base_K1) / (count + self.base_clips)
 
-        weights_KC = start(posteriors_NKC, labels_N[voters])
-        choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start) if len(clips) else self._no_trust()
-        self.source = None
+        def start(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
+            return with_base(shared_weights(posteriors_NKC, labels_N, power), len(labels_N))
+
         if len(clips):
+            posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau, -1)
+            weights_KC = start(posteriors_NKC, labels_N[clips])
+            choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start)
             self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
+        else:
+            weights_KC = with_base(spread_weights(left_out.prototypes_KCD, power), len(labels_N))
+            choices |= self._no_trust()
+            self.source = None
         self.keep(
             {"alpha": self.alpha, **choices},
             start_logits_KC=entmax_logits(weights_KC, self.alpha),
@@ -228,9 +230,10 @@ class LearnedWeights(MetricSpace):
                 cosines_NKC = left_out.cosines(shrinkage, clips)
                 for tau in TAUS if self.tau is None else (self.tau,):
                     posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
+                    reliability_NK = reliability_without(posteriors_NKC, labels_N[clips])
                     for power in POWERS:
-                        weights_KC = shared_weights(posteriors_NKC, labels_N[clips], power)
-                        scores_NC = torch.einsum("nkc,kc->nc", posteriors_NKC, weights_KC)
+                        weights_NK = F.head_weights(reliability_NK.T, "margin_clamped", power).T
+                        scores_NC = torch.einsum("nkc,nk->nc", posteriors_NKC, weights_NK)
                         setting: dict[str, Any] = {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": power}
                         found.append((setting, best_temperature(scores_NC, labels_N[clips])[1]))
         likelihoods = torch.softmax(-len(clips) * torch.tensor([nll for _, nll in found]), 0)
@@ -354,3 +357,16 @@ def shared_weights(posteriors_NKC: Tensor, labels_N: Tensor, power: float) -> Te
     """GRW's reliabilities as weights, the same for every class: r^(1/power) over its sum, (K, C)."""
     reliability_K1 = F.global_reliability(posteriors_NKC, labels_N)[:, None]
     return F.head_weights(reliability_K1, "margin_clamped", power).expand(-1, posteriors_NKC.shape[2])
+
+
+def spread_weights(prototypes_KCD: Tensor, power: float) -> Tensor:
+    """Weights of heads that no clip has judged: s^(1/power) over its sum, (K, C), with s the root mean square distance
+    of a head's prototypes from their mean. A head that hears all classes alike has little to say."""
+    spread_K1 = prototypes_KCD.var(1, correction=0).sum(1, keepdim=True).sqrt()
+    return F.head_weights(spread_K1, "margin_clamped", power).expand(-1, prototypes_KCD.shape[1])
+
+
+def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
+    """For every clip GRW's reliabilities by all the others, (N, K): a clip must not choose the heads that judge it."""
+    evidence_NK = F.clip_evidence(posteriors_NKC, labels_N, "margin_clamped")
+    return (evidence_NK.sum(0) - evidence_NK) / max(1, len(evidence_NK) - 1)

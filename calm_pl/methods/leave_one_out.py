@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from calm_pl.functional.heads import MIN_NORM, class_means, unit
+from calm_pl.functional.heads import MIN_NORM, chunks, class_means, default_chunk_size, unit
 from calm_pl.functional.metric import HeadMetric
+
+# A clip that alone spans a direction of the metric leaves about g times the mean variance there; float32 ends here.
+MIN_LEVERAGE_LEFT = 1e-5
 
 
 class LeaveOneOut:
@@ -70,7 +73,7 @@ class LeaveOneOut:
         kept_K11 = self.metric.shrinkage_of_heads(shrinkage)[:, None, None]
         counts_N1 = counts_N[:, None]
         share = (1 - kept_K11) / max(1, self.metric.freedom) * counts_N1 / (counts_N1 - 1).clamp_min(1)
-        return share / (1 - share * residual_KND.square().sum(2, keepdim=True)).clamp_min(1e-3)
+        return share / (1 - share * residual_KND.square().sum(2, keepdim=True)).clamp_min(MIN_LEVERAGE_LEFT)
 
     def cosines(
         self,
@@ -80,27 +83,25 @@ class LeaveOneOut:
     ) -> Tensor:
         """Cosines of these clips (default: all) without themselves, at this g: (N, K, C), float32."""
         clips = torch.arange(len(self.labels_N), device=self.labels_N.device) if clips is None else clips
-        labels_N, counts_N = self.labels_N[clips], self.counts_N[clips]
-        chosen_KND = self.whitened(shrinkage, clips)
         prototypes_KCD = self.whitened_prototypes(shrinkage)
-        cosines_KNC = self._without_themselves(chosen_KND, prototypes_KCD, labels_N, counts_N, shrinkage)
-        alone_N = counts_N == 1
+        num_heads = len(prototypes_KCD)
+        cosines_NKC = torch.empty(len(clips), num_heads, self.num_classes, device=self.labels_N.device)
+        for part in chunks(len(clips), default_chunk_size(num_heads, max(self.num_classes, prototypes_KCD.shape[2]))):
+            cosines_NKC[part] = self._without_themselves(clips[part], prototypes_KCD, shrinkage)
+        alone_N = self.counts_N[clips] == 1
         if generator is not None and self.metric is not None and bool(alone_N.any()):
-            noisy_KND = chosen_KND[:, alone_N]
+            noisy_KND = self.whitened(shrinkage, clips[alone_N])
             # In whitened space the classes vary by about 1 in every direction; two differ by twice that.
             noise_KND = torch.randn(noisy_KND.shape, generator=generator).to(noisy_KND)
             noisy_KND = noisy_KND + 2**0.5 * noise_KND
-            cosines_KNC[:, alone_N] = unit(noisy_KND) @ unit(prototypes_KCD).mT
-        return cosines_KNC.transpose(0, 1)
+            cosines_NKC[alone_N] = (unit(noisy_KND) @ unit(prototypes_KCD).mT).transpose(0, 1)
+        return cosines_NKC
 
     def _without_themselves(
-        self,
-        chosen_KND: Tensor,
-        prototypes_KCD: Tensor,
-        labels_N: Tensor,
-        counts_N: Tensor,
-        shrinkage: float | str | Tensor | None,
+        self, clips: Tensor, prototypes_KCD: Tensor, shrinkage: float | str | Tensor | None
     ) -> Tensor:
+        labels_N, counts_N = self.labels_N[clips], self.counts_N[clips]
+        chosen_KND = self.whitened(shrinkage, clips)
         alone_N1 = (counts_N == 1)[:, None]
         residual_KND = (chosen_KND - prototypes_KCD[:, labels_N]).masked_fill(alone_N1, 0)
         norms_K1C = prototypes_KCD.square().sum(2)[:, None]
@@ -124,4 +125,4 @@ class LeaveOneOut:
         query_KN1 = query_KN1 + gain_KN1 * query_z_KN1.square()
         proto_KNC = proto_KNC + gain_KN1 * proto_z_KNC.square()
         lengths_KNC = query_KN1.clamp_min(MIN_NORM**2).sqrt() * proto_KNC.clamp_min(MIN_NORM**2).sqrt()
-        return inner_KNC / lengths_KNC
+        return (inner_KNC / lengths_KNC).transpose(0, 1)

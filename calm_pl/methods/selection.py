@@ -19,8 +19,8 @@ from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.calibration import MIN_PROBABILITY, accuracy_and_nll
 from calm_pl.methods.leave_one_out import LeaveOneOut
 
-# Choosing looks at no more than this many posteriors at once; clips beyond it still make prototypes and
-# weights.
+# Choosing looks at no more than this many posteriors at once, but at two clips of every class; clips beyond it still
+# make prototypes and weights.
 MAX_POSTERIORS = 2**26
 
 
@@ -123,14 +123,14 @@ def _judge_weightings(posteriors_NKC: Tensor, labels_N: Tensor, grid: Grid, star
 
 
 def judged_clips(labels_N: Tensor, posteriors_per_clip: int) -> Tensor:
-    """The clips that choosing looks at: those of classes that have another clip, at most MAX_POSTERIORS'
-    worth.
+    """The clips that choosing looks at: those of classes that have another clip, at most MAX_POSTERIORS' worth or two
+    a class.
 
     Beyond that, the first clips of every class in turn.
     """
     counts_C = torch.bincount(labels_N)
     clips = (counts_C[labels_N] > 1).nonzero()[:, 0]
-    limit = max(1, MAX_POSTERIORS // posteriors_per_clip)
+    limit = max(2 * len(counts_C), MAX_POSTERIORS // posteriors_per_clip)
     if len(clips) <= limit:
         return clips
     rank_N = torch.zeros_like(labels_N)
