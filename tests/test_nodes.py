@@ -92,8 +92,9 @@ def test_two_nodes_of_torchrun(alone, tones, tiny_lalm, tmp_path):
 
 def test_two_nodes_of_slurm(alone, tones, tiny_lalm, tmp_path):
     job = {
-        "SLURM_JOB_ID": 4711, "SLURM_JOB_NAME": "calm", "SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": 2,
-        "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": 0, "MASTER_PORT": free_port(),
+        "SLURM_JOB_ID": 4711, "SLURM_JOB_NAME": "calm", "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NODELIST": "localhost", "SLURM_NNODES": 2, "SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1,
+        "SLURM_LOCALID": 0, "MASTER_PORT": free_port(),
     }  # fmt: skip
     told = finish(
         *(
