@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchmetrics import Metric
 from torchmetrics.functional.classification import (
     binary_calibration_error,
@@ -93,19 +94,54 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
         return {}
     confidence_N, prediction_N = probabilities_NC.max(1)
     prediction_N = prediction_N.masked_fill(confidence_N == 0, C)
+    correct_N = (prediction_N == labels_N).long()
     true_N = probabilities_NC.gather(1, labels_N[:, None]).squeeze(1)
+    nll_N = -true_N.clamp_min(SMALLEST_PROBABILITY).log()
     brier_N = probabilities_NC.square().sum(1) - 2 * true_N + 1
-    columns = (labels_N, prediction_N, confidence_N, true_N, brier_N)
+    # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
+    f1_C = multiclass_f1_score(prediction_N, labels_N, C + 1, average="none")[:C]
+    known_C = torch.cat([prediction_N, labels_N]).bincount(minlength=C + 1) > 0
+    drawn_RN = bootstrap_draws(N)
+    said_NC, label_NC = one_hot(prediction_N, C + 1)[:, :C], one_hot(labels_N, C)
+    return {
+        "accuracy": float(correct_N.float().mean()),
+        "macro_f1": float(f1_C[known_C[:C]].mean()),
+        "nll": float(nll_N.mean()),
+        "brier": float(brier_N.mean()),
+        # Top-label calibration is calibration of the binary question "is this prediction right?".
+        "ece": float(binary_calibration_error(confidence_N, correct_N, n_bins=CALIBRATION_BINS)),
+        "accuracy_interval": wilson_interval(int(correct_N.sum()), N),
+        "macro_f1_interval": percentiles(macro_f1_draws(said_NC, label_NC, drawn_RN, absent=torch.nan)),
+        "nll_interval": percentiles(drawn_RN @ nll_N / N),
+        "brier_interval": percentiles(drawn_RN @ brier_N / N),
+        "ece_interval": percentiles(calibration_error_draws(confidence_N, correct_N, drawn_RN)),
+    }
 
-    results: dict[str, Any] = _figures_of(C, *columns)
+
+def bootstrap_draws(clips: int) -> Tensor:
+    """How often each clip comes in each of the resamples (R, N), float32; the same whenever it is called."""
     generator = torch.Generator().manual_seed(0)
-    resamples_RN = torch.randint(N, (BOOTSTRAP_RESAMPLES, N), generator=generator)
-    draws = [_figures_of(C, *(column[rows_N] for column in columns)) for rows_N in resamples_RN]
-    for name in list(results):
-        values_R = torch.tensor([draw[name] for draw in draws])
-        results[f"{name}_interval"] = percentiles(values_R)
-    results["accuracy_interval"] = wilson_interval(int((prediction_N == labels_N).sum()), N)
-    return results
+    rows = (torch.randint(clips, (clips,), generator=generator) for _ in range(BOOTSTRAP_RESAMPLES))
+    return torch.stack([torch.bincount(rows_N, minlength=clips).float() for rows_N in rows])
+
+
+def macro_f1_draws(said_NC: Tensor, true_NC: Tensor, drawn_RN: Tensor, absent: float = 0.0) -> Tensor:
+    """Macro-F1 of each resample (R,), from what is said and what is true, as 0 or 1.
+
+    Args:
+        absent: the F1 of a class that a resample neither holds nor says; with NaN it does not count.
+    """
+    hit_RC = drawn_RN @ (said_NC * true_NC).float()
+    either_RC = drawn_RN @ (said_NC + true_NC).float()
+    return torch.where(either_RC > 0, 2 * hit_RC / either_RC, absent).nanmean(1)
+
+
+def calibration_error_draws(confidence_N: Tensor, correct_N: Tensor, drawn_RN: Tensor) -> Tensor:
+    """Expected calibration error of each resample (R,), in the bins of torchmetrics' calibration error."""
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1)
+    bin_N = torch.bucketize(confidence_N, edges, right=True) - 1
+    gap_NB = one_hot(bin_N, CALIBRATION_BINS + 1) * (confidence_N - correct_N)[:, None]
+    return (drawn_RN @ gap_NB).abs().sum(1) / len(confidence_N)
 
 
 def percentiles(values_R: Tensor) -> list[float]:
@@ -119,25 +155,3 @@ def wilson_interval(correct: int, total: int) -> list[float]:
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z_95 * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5 / (1 + z2 / total)
     return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def _figures_of(
-    num_classes: int,
-    labels_N: Tensor,
-    prediction_N: Tensor,
-    confidence_N: Tensor,
-    true_N: Tensor,
-    brier_N: Tensor,
-) -> dict[str, float]:
-    correct_N = (prediction_N == labels_N).long()
-    # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
-    f1_C = multiclass_f1_score(prediction_N, labels_N, num_classes + 1, average="none")[:num_classes]
-    known_C = torch.cat([prediction_N, labels_N]).bincount(minlength=num_classes + 1) > 0
-    return {
-        "accuracy": float(correct_N.float().mean()),
-        "macro_f1": float(f1_C[known_C[:num_classes]].mean()),
-        "nll": float(-true_N.clamp_min(SMALLEST_PROBABILITY).log().mean()),
-        "brier": float(brier_N.mean()),
-        # Top-label calibration is calibration of the binary question "is this prediction right?".
-        "ece": float(binary_calibration_error(confidence_N, correct_N, n_bins=CALIBRATION_BINS)),
-    }

@@ -19,9 +19,11 @@ from torchmetrics.functional.classification import (
 )
 
 from calm_pl.training.metrics import (
-    BOOTSTRAP_RESAMPLES,
     CALIBRATION_BINS,
     SMALLEST_PROBABILITY,
+    bootstrap_draws,
+    calibration_error_draws,
+    macro_f1_draws,
     percentiles,
     wilson_interval,
 )
@@ -68,9 +70,7 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
         # torchmetrics 1.9 is the same, and fails on a single clip.)
         "sample_f1": (top_NC * labels_NC).sum(1) / count_N,
     }
-    generator = torch.Generator().manual_seed(0)
-    resamples_RN = torch.randint(N, (BOOTSTRAP_RESAMPLES, N), generator=generator)
-    drawn_RN = torch.stack([torch.bincount(rows_N, minlength=N) for rows_N in resamples_RN]).float()
+    drawn_RN = bootstrap_draws(N)
 
     results: dict[str, Any] = {name: float(values_N.mean()) for name, values_N in per_clip.items()}
     results["exact_match"] = float(multilabel_exact_match(top_NC, labels_NC, C))
@@ -83,20 +83,10 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
     for name, values_N in per_clip.items():
         results[f"{name}_interval"] = percentiles(drawn_RN @ values_N / N)
     results["accuracy_interval"] = wilson_interval(int(hit_N.sum()), N)
-    results["macro_f1_interval"] = percentiles(_macro_f1_draws(top_NC, labels_NC, drawn_RN))
+    results["macro_f1_interval"] = percentiles(macro_f1_draws(top_NC, labels_NC, drawn_RN))
     results["map_interval"] = percentiles(mean_average_precision_draws(probabilities_NC, labels_NC, drawn_RN))
-    results["ece_interval"] = percentiles(
-        torch.stack(
-            [binary_calibration_error(confidence_N[r], hit_N[r], n_bins=CALIBRATION_BINS) for r in resamples_RN]
-        )
-    )
+    results["ece_interval"] = percentiles(calibration_error_draws(confidence_N, hit_N, drawn_RN))
     return results
-
-
-def _macro_f1_draws(top_NC: Tensor, labels_NC: Tensor, drawn_RN: Tensor) -> Tensor:
-    true_RC = drawn_RN @ (top_NC * labels_NC).float()
-    either_RC = drawn_RN @ (top_NC + labels_NC).float()
-    return (2 * true_RC / either_RC.clamp_min(1)).mean(1)
 
 
 def mean_average_precision_draws(probabilities_NC: Tensor, labels_NC: Tensor, drawn_RN: Tensor) -> Tensor:
