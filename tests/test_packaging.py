@@ -38,8 +38,7 @@ def test_every_config_and_the_model_are_inside(wheel):
 
 def test_installed_elsewhere_it_finds_both(wheel, tmp_path):
     target = tmp_path / "installed"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    zipfile.ZipFile(wheel).extractall(target)  # all that installing a pure wheel does, without pip's seconds
     program = (
         "import calm_pl; from calm_pl.conf import find_config; from calm_pl.backbone.named import named_backbone\n"
         "print(calm_pl.__file__); print(find_config('data', 'esc50'))\n"

@@ -175,15 +175,18 @@ def test_unusable_clips_are_named_and_counted(tones, tiny_lalm, tmp_path, capsys
         (["--data", "esc51"], "no esc51.yaml .* shipped are .*esc50"),
         (["--data"], "--data needs a value"),
         (["--data", "folder"], "DATA_DIR"),
-        (["--backbone", "./nowhere"], "neither a folder on this machine nor a hub id"),
+        (
+            ["--data", "folder", "TONES", "--data.shots", "1", "--backbone", "./nowhere"],
+            "neither a folder .* nor a hub id",
+        ),
         (["--data.shotz", "3"], "shotz"),
-        (["--data.shots", "500"], "500 shots need"),
+        (["--data", "folder", "TONES", "--data.shots", "500"], "500 shots need"),
     ],
 )
-def test_errors_are_one_line_that_helps(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line_that_helps(arguments, message, tones, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        calm("fit", *arguments)
+        calm("fit", *(f"--data.recipe.init_args.data_dir={tones}" if one == "TONES" else one for one in arguments))
     said = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0 and re.search(message, said), said
 

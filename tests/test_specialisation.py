@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from calm_pl import cli
 from calm_pl.report.specialisation import chance_overlap, mean_overlap
-from tests.test_run import calm_process, options
+from tests.test_run import calm, options
 
 
 @given(st.integers(1, 7).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
@@ -31,8 +31,7 @@ def test_mean_overlap_of_equal_and_of_disjoint_sets():
 
 def test_heads_of_a_run(tones, tiny_lalm, tmp_path, capsys):
     fast = ["--model.methods.calm_learned.init_args.steps", "2"]
-    fit = calm_process("fit", *options(tones, tiny_lalm, "--run_dir", tmp_path, *fast))
-    assert fit.returncode == 0, fit.stderr
+    calm("fit", *options(tones, tiny_lalm, "--run_dir", tmp_path, *fast))
     first = json.loads((tmp_path / "heads.json").read_text())
     assert "most trusted of all alone" in (tmp_path / "report.html").read_text()  # every run tells how few are enough
     assert cli.main(["heads", str(tmp_path)]) == 0
