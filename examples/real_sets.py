@@ -1,9 +1,11 @@
 """Real labelled sets from packages of a Debian or Ubuntu system: `python examples/real_sets.py FOLDER`.
 
-    drums      hits by instrument, from Hydrogen's drum kits          (hydrogen-drumkits,
-    hydrogen-drumkits-effects) languages  spoken words by language, several voices a language
-    (tuxpaint-stamps-default, asterisk-core-sounds-*) syllables  letters and syllables by language, one voice
-    each      (klettres-data)
+    drums      hits by instrument, from Hydrogen's drum kits
+               (hydrogen-drumkits, hydrogen-drumkits-effects)
+    languages  spoken words by language, several voices a language
+               (tuxpaint-stamps-default, asterisk-core-sounds-*)
+    syllables  letters and syllables by language, one voice each
+               (klettres-data)
 
 Each becomes FOLDER/NAME/manifest.jsonl beside the unpacked packages. Packages are fetched with `apt-get
 download` and unpacked with `dpkg -x`, so nothing is installed and no rights are needed. Every package states

@@ -191,6 +191,13 @@ def test_errors_are_one_line_that_helps(arguments, message, tones, tmp_path, mon
     assert stop.value.code != 0 and re.search(message, said), said
 
 
+def test_a_mistyped_backbone_is_told_before_any_data_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="neither a folder"):
+        calm("fit", "--backbone", "./nowhere", f"--data.recipe.init_args.data_dir={tmp_path / 'sounds'}")
+    assert not (tmp_path / "sounds").exists()
+
+
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -117,10 +117,12 @@ class AudioEpisodeDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download or generate the data and hash the files, on one rank of each node; the others wait."""
+        # The store comes first: who mistypes a backbone shall not wait for data.
+        store = None if self.streams else self.make_store("float32")
         self.recipe.prepare()
-        if not self.streams:
+        if store is not None:
             self.setup()
-            self.make_store("float32").clip_keys(self.clips)
+            store.clip_keys(self.clips)
 
     def setup(self, stage: str | None = None) -> None:
         """Draw the support set. The same on every rank; repeated calls change nothing."""
