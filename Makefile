@@ -55,8 +55,9 @@ figures: $(STAMP)  ## make the plots of the documentation again, with the built-
 report: $(STAMP)  ## remake the report of RUN_DIR
 	$(BIN)/calm report $(RUN_DIR)
 
+# Files of tests side by side, a core each: more threads than cores would only wait for one another.
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
