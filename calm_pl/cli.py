@@ -71,7 +71,3 @@ def _parser() -> argparse.ArgumentParser:
         "\n`calm COMMAND --help` tells a command's options. A first run: calm fit",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -259,6 +259,18 @@ def test_settings_are_a_mean_that_leans_to_the_likeliest():
     )
 
 
+def test_less_evidence_leans_less_to_the_likeliest():
+    heads, labels = make_set(6, noise=1.5)
+    nothing, half, whole, endless = (
+        LearnedWeights(steps=0, evidence=count).fit(heads, labels, 4).choices() for count in (0.0, 0.5, 1.0, 1e6)
+    )
+    assert nothing["tau"] == pytest.approx((0.07 * 0.15 * 0.3) ** (1 / 3))
+    assert endless["tau"] == pytest.approx(endless["likeliest"]["tau"])
+    # Each is between those beside it, from the mean of all to the likeliest.
+    g = [choices["shrinkage"] for choices in (nothing, half, whole, endless)]
+    assert g == sorted(g, reverse=g[0] > g[-1]) and len(set(g)) == 4
+
+
 @pytest.mark.parametrize("method", [Calm, LearnedWeights])
 @pytest.mark.parametrize("estimate", ["ledoit_wolf", "oas"])
 def test_a_formula_for_the_shrinkage_can_be_named(method, estimate):

@@ -28,7 +28,7 @@ def start(
     launcher: tuple[str, ...], tones: Path, model: str, folder: Path, *more: str, **env: object
 ) -> subprocess.Popen:
     command = [
-        *launcher, "-m", "calm_pl.cli", "fit", "--data", "folder", "--data.recipe.init_args.data_dir", tones,
+        *launcher, "-m", "calm_pl", "fit", "--data", "folder", "--data.recipe.init_args.data_dir", tones,
         "--backbone", model, "--data.shots", "null", "--data.num_workers", "0", "--data.batch_size", "2",
         "--data.store", folder / "heads", "--run_dir", folder / "run", "--trainer.accelerator", "cpu", *more,
     ]  # fmt: skip

@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tiny_lalm, tmp_path)
     ]  # fmt: skip
     store = tmp_path / "killed"
     environment = {**os.environ, "CALM_STORE": str(store), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "calm_pl.cli", *arguments, "--out", str(tmp_path / "killed.jsonl")]
+    command = [sys.executable, "-m", "calm_pl", *arguments, "--out", str(tmp_path / "killed.jsonl")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while len(list(store.glob("*/*.safetensors"))) < 4 and time.monotonic() < deadline:

@@ -29,7 +29,7 @@ def calm(*arguments: str | Path) -> None:
 
 def calm_process(*arguments: str | Path, program: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command, or a program around it, in a process of its own."""
-    command = [sys.executable, *(["-c", program] if program else ["-m", "calm_pl.cli"]), *map(str, arguments)]
+    command = [sys.executable, *(["-c", program] if program else ["-m", "calm_pl"]), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 

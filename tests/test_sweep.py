@@ -208,7 +208,7 @@ def both(*commands: list[str | Path], cwd: Path, **env: str) -> list[subprocess.
 
 def test_two_sweeps_at_once_do_each_point_once_and_find_the_same(sweep, tmp_path):
     arguments, alone, *_ = sweep
-    command = ["-m", "calm_pl.cli", "sweep", arguments[0], "--out", tmp_path / "out", *arguments[3:]]
+    command = ["-m", "calm_pl", "sweep", arguments[0], "--out", tmp_path / "out", *arguments[3:]]
     both(command, command, cwd=tmp_path, CALM_STORE=str(tmp_path / "heads"))
     for shots, seed in itertools.product((1, 2), (0, 1)):
         name = f"shots={shots},seed={seed}"

@@ -193,7 +193,7 @@ def _run(command: str, point: Point, config: Mapping[str, Any], *more: str) -> N
     if (trainer["devices"], trainer["num_nodes"]) == (1, 1):
         _calm(command, point, *more)
         return
-    program = [sys.executable, "-m", "calm_pl.cli", command, *point.arguments, *more]
+    program = [sys.executable, "-m", "calm_pl", command, *point.arguments, *more]
     done = subprocess.run(program, stdout=subprocess.DEVNULL if is_quiet() else None)
     if done.returncode:
         sys.exit(f"calm {command} ended with exit code {done.returncode}, see above")

@@ -71,6 +71,8 @@ class LearnedWeights(MetricSpace):
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
         centre: of the within-head metric, as a share of the mean of the prototypes; None is chosen.
         tau: temperature of the head posteriors; None is chosen.
+        evidence: what a clip left out counts for when these three are averaged. Less than a whole clip: each stands in
+            the prototypes that judge the others, and what goes wrong goes wrong for several at once.
         shots: prototypes from this many random clips in an episode; None for leave-one-out episodes.
         episodes: random episodes a step (with `shots`).
         seed: of the episodes.
@@ -88,7 +90,7 @@ class LearnedWeights(MetricSpace):
         to_start: float | None = None,
         to_shared: float | None = None,
         steps: int | None = None,
-        standard_errors: float = 3.0,
+        standard_errors: float = 4.0,
         lr: float = 0.1,
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
@@ -98,6 +100,7 @@ class LearnedWeights(MetricSpace):
         shrinkage: float | str | None = None,
         centre: float | None = None,
         tau: float | None = None,
+        evidence: float = 0.5,
         shots: int | None = None,
         episodes: int = 4,
         seed: int = 0,
@@ -112,7 +115,7 @@ class LearnedWeights(MetricSpace):
         self.standard_errors = standard_errors
         self.head_dropout, self.label_smoothing, self.averaging = head_dropout, label_smoothing, averaging
         self.base, self.base_clips = tuple(base), base_clips
-        self.shrinkage, self.centre, self.tau = shrinkage, centre, tau
+        self.shrinkage, self.centre, self.tau, self.evidence = shrinkage, centre, tau, evidence
         self.shots, self.episodes, self.seed = shots, episodes, seed
         self.trust = Trust()
         self.averages = {}
@@ -236,7 +239,7 @@ class LearnedWeights(MetricSpace):
                         scores_NC = torch.einsum("nkc,nk->nc", posteriors_NKC, weights_NK)
                         setting: dict[str, Any] = {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": power}
                         found.append((setting, best_temperature(scores_NC, labels_N[clips])[1]))
-        likelihoods = torch.softmax(-len(clips) * torch.tensor([nll for _, nll in found]), 0)
+        likelihoods = torch.softmax(-self.evidence * len(clips) * torch.tensor([nll for _, nll in found]), 0)
         likeliest, nll = min(found, key=lambda one: one[1])
         chosen = {
             name: float((likelihoods @ torch.tensor([setting[name] for setting, _ in found]).log()).exp())
