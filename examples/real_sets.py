@@ -6,6 +6,10 @@
                (tuxpaint-stamps-default, asterisk-core-sounds-*)
     syllables  letters and syllables by language, one voice each
                (klettres-data)
+    words      names of things by language, one voice each
+               (ktuberling-data)
+    samples    studio samples by kind, the first word of their names
+               (sonic-pi-samples)
 
 Each becomes FOLDER/NAME/manifest.jsonl beside the unpacked packages. Packages are fetched with `apt-get
 download` and unpacked with `dpkg -x`, so nothing is installed and no rights are needed. Every package states
@@ -32,6 +36,8 @@ PACKAGES = {
         *(f"asterisk-core-sounds-{c}-wav" for c in ("en", "es", "fr", "it", "ru")),
     ],
     "syllables": ["klettres-data"],
+    "words": ["ktuberling-data"],
+    "samples": ["sonic-pi-samples"],
 }
 INSTRUMENTS = {
     "kick": r"kick|bass ?drum",
@@ -44,7 +50,7 @@ INSTRUMENTS = {
     "conga": r"conga|bongo|djemb",
 }
 SPOKEN = ("fr", "ru", "ro", "ca", "bg", "es", "be", "el", "da", "it", "en")
-MIN_CLIPS, MAX_CLIPS = 20, 60
+MIN_CLIPS, MAX_CLIPS = {"samples": 8}, 60
 MIN_SECONDS = 0.05
 
 # A clip found: its file, its label, and the group that must stay on one side of a split.
@@ -74,6 +80,21 @@ def syllables(root: Path) -> Iterator[Found]:
         yield path, path.parts[-3], f"{path.parts[-3]}/{path.stem}"
 
 
+def words(root: Path) -> Iterator[Found]:
+    for path in root.glob("ktuberling-data/usr/share/ktuberling/sounds/*/*"):
+        if path.suffix in (".ogg", ".wav"):
+            yield path, path.parent.name, f"{path.parent.name}/{path.stem}"
+
+
+def samples(root: Path) -> Iterator[Found]:
+    """The group is the name without numbers: takes of one sound stay together."""
+    for path in root.glob("sonic-pi-samples/usr/share/sonic-pi/samples/*.flac"):
+        yield path, path.stem.split("_")[0], re.sub("[0-9]+", "", path.stem)
+
+
+RECIPES = {"drums": drums, "languages": languages, "syllables": syllables, "words": words, "samples": samples}
+
+
 def unpack(packages: list[str], root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for package in packages:
@@ -92,19 +113,19 @@ def long_enough(path: Path) -> bool:
 
 
 def build(name: str, folder: Path) -> Path:
-    """Write FOLDER/NAME/manifest.jsonl: up to MAX_CLIPS of every class that has MIN_CLIPS, the same at every
+    """Write FOLDER/NAME/manifest.jsonl: up to MAX_CLIPS of every class that has enough, the same at every
     run."""
     root = folder / "packages"
     unpack(PACKAGES[name], root)
     members: dict[str, list[Found]] = defaultdict(list)
-    for found in sorted({"drums": drums, "languages": languages, "syllables": syllables}[name](root)):
+    for found in sorted(RECIPES[name](root)):
         if (name != "languages" or found[1] in SPOKEN) and long_enough(found[0]):
             members[found[1]].append(found)
     manifest = folder / name / "manifest.jsonl"
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with manifest.open("w", encoding="utf-8") as file:
         for label, clips in sorted(members.items()):
-            if len(clips) >= MIN_CLIPS:
+            if len(clips) >= MIN_CLIPS.get(name, 20):
                 random.Random(label).shuffle(clips)
                 for path, _, group in sorted(clips[:MAX_CLIPS]):
                     audio = Path("..") / path.relative_to(folder)

@@ -250,7 +250,7 @@ def test_one_clip_a_class_falls_back_to_weights_that_all_classes_share(alpha):
 def test_settings_are_a_mean_that_leans_to_the_likeliest():
     heads, labels = make_set(6, noise=1.5)
     choices = LearnedWeights().fit(heads, labels, 4).choices()
-    assert 0.07 <= choices["tau"] <= 0.3 and 0.03 <= choices["shrinkage"] <= 1.0
+    assert 0.05 <= choices["tau"] <= 0.2 and 0.03 <= choices["shrinkage"] <= 1.0
     # With endless clips the mean is the likeliest setting.
     heads, labels = make_set(100, noise=1.5)
     choices = LearnedWeights(steps=0).fit(heads, labels, 4).choices()
@@ -264,7 +264,7 @@ def test_less_evidence_leans_less_to_the_likeliest():
     nothing, half, whole, endless = (
         LearnedWeights(steps=0, evidence=count).fit(heads, labels, 4).choices() for count in (0.0, 0.5, 1.0, 1e6)
     )
-    assert nothing["tau"] == pytest.approx((0.07 * 0.15 * 0.3) ** (1 / 3))
+    assert nothing["tau"] == pytest.approx((0.05 * 0.1 * 0.2) ** (1 / 3))
     assert endless["tau"] == pytest.approx(endless["likeliest"]["tau"])
     # Each is between those beside it, from the mean of all to the likeliest.
     g = [choices["shrinkage"] for choices in (nothing, half, whole, endless)]

@@ -27,7 +27,7 @@ from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_lik
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 CENTRES = (0.5, 1.0)
-TAUS = (0.07, 0.15, 0.3)
+TAUS = (0.05, 0.1, 0.2)
 POWERS = (1.0, 0.5, 0.25)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT = {"tau": 0.15, "tau_w": 1.0}
