@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm_pl.training.metrics import BOOTSTRAP_RESAMPLES, percentiles
+from calm_pl.training.metrics import bootstrap_draws, percentiles
 
 GENUINE, SPOOFED = "bonafide", "spoof"
 # Resamples x clips at once: 128 MiB of float64.
@@ -38,7 +38,8 @@ def equal_error_rate_draws(scores_N: Tensor, genuine_N: Tensor, drawn_RN: Tensor
     _, rank_N = (-scores_N).unique(return_inverse=True)  # from the highest score to the lowest
     thresholds = int(rank_N.max()) + 1
     rates = []
-    for some_RN in drawn_RN.double().split(max(1, MAX_DRAWN // len(scores_N))):
+    for part_RN in drawn_RN.split(max(1, MAX_DRAWN // len(scores_N))):
+        some_RN = part_RN.double()
         # Shares of spoofed and of genuine clips that pass, from the threshold that nothing passes to the lowest.
         passed_RT, kept_RT = (
             torch.zeros(len(some_RN), thresholds + 1, dtype=torch.double)
@@ -66,10 +67,7 @@ def spoofing_figures(scores_N: Tensor, genuine_N: Tensor) -> dict[str, Any]:
     """The equal error rate with its 95 % interval, by a bootstrap over clips; nothing where a class has no clip."""
     if genuine_N.all() or not genuine_N.any():
         return {}
-    generator = torch.Generator().manual_seed(0)
-    resamples_RN = torch.randint(len(scores_N), (BOOTSTRAP_RESAMPLES, len(scores_N)), generator=generator)
-    drawn_RN = torch.stack([torch.bincount(rows_N, minlength=len(scores_N)) for rows_N in resamples_RN])
-    drawn_R = equal_error_rate_draws(scores_N, genuine_N, drawn_RN)
+    drawn_R = equal_error_rate_draws(scores_N, genuine_N, bootstrap_draws(len(scores_N)))
     return {"eer": equal_error_rate(scores_N, genuine_N), "eer_interval": percentiles(drawn_R)}
 
 
