@@ -28,7 +28,7 @@ from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 CENTRES = (0.5, 1.0)
 TAUS = (0.05, 0.1, 0.2)
-POWERS = (1.0, 0.5)
+POWERS = (1.0, 0.5, 0.25)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT = {"tau": 0.15, "tau_w": 1.0}
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
