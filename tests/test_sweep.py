@@ -140,7 +140,7 @@ def sweep(tones, tiny_lalm, tmp_path_factory):
 
 def test_a_sweep_leaves_runs_a_table_and_a_plot(sweep):
     _, out, said, _ = sweep
-    assert "4 of 4 points" in said.stdout and "1 shots" in said.stdout
+    assert "4 of 4 points" in said.stdout and "1 shot " in said.stdout
     assert re.search(r"running points: 4 points\n(.*\n)*shots=2,seed=1: calm_learned \d+\.\d %", said.stderr)
     assert said.stdout.count("run folder") == 0  # points show nothing of themselves
     for shots in (1, 2):

@@ -89,7 +89,7 @@ class Comparison:
             table = Table(title=str(question), caption="accuracy %, mean ± half of its 95 % interval over seeds")
             table.add_column("method", no_wrap=True)
             for count in shots:
-                table.add_column(f"{count} shots", justify="right", no_wrap=True)
+                table.add_column(f"{count} {'shot' if count == 1 else 'shots'}", justify="right", no_wrap=True)
             for method, by_shots in by_method(rows).items():
                 table.add_row(method, *(str(by_shots.get(count, "")) for count in shots))
             yield table

@@ -61,10 +61,11 @@ def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str],
 def results_table(results: Mapping[str, Any], clips: int, part: str = "test") -> Table:
     """The methods of one run side by side, the best in bold, with 95 % intervals; of several folds their means."""
     over = f"{len(results['folds'])} folds" if "folds" in results else f"the {part} clips"
-    shots = "all" if results["shots"] is None else results["shots"]
+    count = results["shots"]
+    shots = f"{'all' if count is None else count} {'shot' if count == 1 else 'shots'}"
     table = Table(
         title=(
-            f"{results['dataset']} · {results['backbone']} · {shots} shots · seed {results['seed']} · "
+            f"{results['dataset']} · {results['backbone']} · {shots} · seed {results['seed']} · "
             f"{results['protocol']} protocol · {clips} {part} clips"
         ),
         caption=f"\\[low, high]: 95 % interval over {over}",
