@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
 
-from calm_pl.training.metrics import CALIBRATION_BINS, bootstrap_draws, calibration_error_draws, macro_f1_draws
+from calm_pl.training import metrics
+from calm_pl.training.metrics import (
+    BOOTSTRAP_RESAMPLES,
+    CALIBRATION_BINS,
+    bootstrap_draws,
+    bootstrap_intervals,
+    calibration_error_draws,
+    macro_f1_draws,
+)
 
 
 @settings(deadline=None, max_examples=20)
@@ -18,7 +26,7 @@ def test_draws_are_the_figures_of_the_clips_repeated(clips, classes, seed):
     generator = torch.Generator().manual_seed(seed)
     confidence_N = (torch.rand(clips, generator=generator) * 15).round() / 15  # on the bins' edges, too
     said_N, true_N = (torch.randint(classes, (clips,), generator=generator) for _ in range(2))
-    drawn_RN = bootstrap_draws(clips)[:5]
+    drawn_RN = next(bootstrap_draws(clips))[:5]
     assert drawn_RN.sum(1).tolist() == [clips] * 5
     ece_R = calibration_error_draws(confidence_N, (said_N == true_N).long(), drawn_RN)
     said_NC, true_NC = one_hot(said_N, classes), one_hot(true_N, classes)
@@ -32,3 +40,15 @@ def test_draws_are_the_figures_of_the_clips_repeated(clips, classes, seed):
         # A macro average of torchmetrics leaves out classes that are neither said nor true.
         expected = multiclass_f1_score(said_N[rows_N], true_N[rows_N], classes, average="macro")
         assert f1 == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_once(monkeypatch):
+    values_N = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    mean = {"mean": lambda drawn_RN: drawn_RN @ values_N / 40}
+    at_once = bootstrap_intervals(40, mean)
+    monkeypatch.setattr(metrics, "MAX_DRAWN", 40 * 7 + 1)
+    assert {len(drawn_RN) for drawn_RN in bootstrap_draws(40)} == {7, BOOTSTRAP_RESAMPLES % 7}
+    assert bootstrap_intervals(40, mean)["mean_interval"] == pytest.approx(at_once["mean_interval"], abs=1e-6)
+    low, high = at_once["mean_interval"]
+    half = 1.96 * float(values_N.std()) / 40**0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15) and low < float(values_N.mean()) < high

@@ -5,6 +5,7 @@ Shapes: N clips, B batch, C classes, R bootstrap resamples.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torchmetrics.utilities import dim_zero_cat
 # Two-sided 95 % of a standard normal.
 Z_95 = 1.959963984540054
 BOOTSTRAP_RESAMPLES = 500
+# Resamples x clips that are drawn at once: 64 MiB of float32.
+MAX_DRAWN = 2**24
 CALIBRATION_BINS = 15
 SMALLEST_PROBABILITY = 1e-12
 
@@ -101,7 +104,6 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
     # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
     f1_C = multiclass_f1_score(prediction_N, labels_N, C + 1, average="none")[:C]
     known_C = torch.cat([prediction_N, labels_N]).bincount(minlength=C + 1) > 0
-    drawn_RN = bootstrap_draws(N)
     said_NC, label_NC = one_hot(prediction_N, C + 1)[:, :C], one_hot(labels_N, C)
     return {
         "accuracy": float(correct_N.float().mean()),
@@ -111,18 +113,46 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
         # Top-label calibration is calibration of the binary question "is this prediction right?".
         "ece": float(binary_calibration_error(confidence_N, correct_N, n_bins=CALIBRATION_BINS)),
         "accuracy_interval": wilson_interval(int(correct_N.sum()), N),
-        "macro_f1_interval": percentiles(macro_f1_draws(said_NC, label_NC, drawn_RN, absent=torch.nan)),
-        "nll_interval": percentiles(drawn_RN @ nll_N / N),
-        "brier_interval": percentiles(drawn_RN @ brier_N / N),
-        "ece_interval": percentiles(calibration_error_draws(confidence_N, correct_N, drawn_RN)),
+        **bootstrap_intervals(
+            N,
+            {
+                "macro_f1": lambda drawn_RN: macro_f1_draws(said_NC, label_NC, drawn_RN, absent=torch.nan),
+                "nll": lambda drawn_RN: drawn_RN @ nll_N / N,
+                "brier": lambda drawn_RN: drawn_RN @ brier_N / N,
+                "ece": lambda drawn_RN: calibration_error_draws(confidence_N, correct_N, drawn_RN),
+            },
+        ),
     }
 
 
-def bootstrap_draws(clips: int) -> Tensor:
-    """How often each clip comes in each of the resamples (R, N), float32; the same whenever it is called."""
+def bootstrap_intervals(clips: int, figures: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, list[float]]:
+    """The middle 95 % of figures over resamples of the clips, as ``NAME_interval``.
+
+    Values that are NaN, where a resample has no such figure, do not count.
+
+    Args:
+        clips: N.
+        figures: by name, from how often each clip comes in each resample (R, N) to a value a resample (R,).
+    """
+    values: dict[str, list[Tensor]] = {name: [] for name in figures}
+    for drawn_RN in bootstrap_draws(clips):
+        for name, figure in figures.items():
+            values[name].append(figure(drawn_RN))
+    return {
+        f"{name}_interval": [float(torch.cat(parts).nanquantile(q)) for q in (0.025, 0.975)]
+        for name, parts in values.items()
+    }
+
+
+def bootstrap_draws(clips: int) -> Iterator[Tensor]:
+    """How often each clip comes in each resample, float32, some resamples (R, N) at a time: the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    rows = (torch.randint(clips, (clips,), generator=generator) for _ in range(BOOTSTRAP_RESAMPLES))
-    return torch.stack([torch.bincount(rows_N, minlength=clips).float() for rows_N in rows])
+    rows = max(1, MAX_DRAWN // clips)
+    for start in range(0, BOOTSTRAP_RESAMPLES, rows):
+        resamples = [
+            torch.randint(clips, (clips,), generator=generator) for _ in range(min(rows, BOOTSTRAP_RESAMPLES - start))
+        ]
+        yield torch.stack([torch.bincount(clips_N, minlength=clips).float() for clips_N in resamples])
 
 
 def macro_f1_draws(said_NC: Tensor, true_NC: Tensor, drawn_RN: Tensor, absent: float = 0.0) -> Tensor:
@@ -142,11 +172,6 @@ def calibration_error_draws(confidence_N: Tensor, correct_N: Tensor, drawn_RN: T
     bin_N = torch.bucketize(confidence_N, edges, right=True) - 1
     gap_NB = one_hot(bin_N, CALIBRATION_BINS + 1) * (confidence_N - correct_N)[:, None]
     return (drawn_RN @ gap_NB).abs().sum(1) / len(confidence_N)
-
-
-def percentiles(values_R: Tensor) -> list[float]:
-    """The middle 95 % of bootstrap values; NaN, where a resample has no such figure, do not count."""
-    return [float(values_R.nanquantile(q)) for q in (0.025, 0.975)]
 
 
 def wilson_interval(correct: int, total: int) -> list[float]:

@@ -21,15 +21,11 @@ from torchmetrics.functional.classification import (
 from calm_pl.training.metrics import (
     CALIBRATION_BINS,
     SMALLEST_PROBABILITY,
-    bootstrap_draws,
+    bootstrap_intervals,
     calibration_error_draws,
     macro_f1_draws,
-    percentiles,
     wilson_interval,
 )
-
-# Resamples x clips that the ranking of one class is drawn for at once: 128 MiB of float32.
-MAX_DRAWN = 2**25
 
 
 def top_labels(probabilities_NC: Tensor, counts_N: Tensor) -> Tensor:
@@ -70,8 +66,6 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
         # torchmetrics 1.9 is the same, and fails on a single clip.)
         "sample_f1": (top_NC * labels_NC).sum(1) / count_N,
     }
-    drawn_RN = bootstrap_draws(N)
-
     results: dict[str, Any] = {name: float(values_N.mean()) for name, values_N in per_clip.items()}
     results["exact_match"] = float(multilabel_exact_match(top_NC, labels_NC, C))
     results["macro_f1"] = float(multilabel_f1_score(top_NC, labels_NC, C, average="macro"))
@@ -80,13 +74,21 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
     results["map"] = float(precision_C[seen].mean())
     # Top-label calibration is calibration of the binary question "is this prediction right?".
     results["ece"] = float(binary_calibration_error(confidence_N, hit_N, n_bins=CALIBRATION_BINS))
-    for name, values_N in per_clip.items():
-        results[f"{name}_interval"] = percentiles(drawn_RN @ values_N / N)
     results["accuracy_interval"] = wilson_interval(int(hit_N.sum()), N)
-    results["macro_f1_interval"] = percentiles(macro_f1_draws(top_NC, labels_NC, drawn_RN))
-    results["map_interval"] = percentiles(mean_average_precision_draws(probabilities_NC, labels_NC, drawn_RN))
-    results["ece_interval"] = percentiles(calibration_error_draws(confidence_N, hit_N, drawn_RN))
-    return results
+    means = {
+        name: lambda drawn_RN, values_N=values_N: drawn_RN @ values_N / N
+        for name, values_N in per_clip.items()
+        if name != "accuracy"
+    }
+    return results | bootstrap_intervals(
+        N,
+        {
+            **means,
+            "macro_f1": lambda drawn_RN: macro_f1_draws(top_NC, labels_NC, drawn_RN),
+            "map": lambda drawn_RN: mean_average_precision_draws(probabilities_NC, labels_NC, drawn_RN),
+            "ece": lambda drawn_RN: calibration_error_draws(confidence_N, hit_N, drawn_RN),
+        },
+    )
 
 
 def mean_average_precision_draws(probabilities_NC: Tensor, labels_NC: Tensor, drawn_RN: Tensor) -> Tensor:
@@ -101,12 +103,9 @@ def mean_average_precision_draws(probabilities_NC: Tensor, labels_NC: Tensor, dr
             continue
         order_N = scores_N.argsort(descending=True)
         last_of_tie_N = torch.cat([scores_N[order_N].diff() != 0, torch.tensor([True])])
-        parts = []
-        for some_RN in drawn_RN.split(max(1, MAX_DRAWN // len(scores_N))):
-            counts_RN = some_RN[:, order_N]
-            true_RT = (counts_RN * truth_N[order_N]).cumsum(1)[:, last_of_tie_N]
-            said_RT = counts_RN.cumsum(1)[:, last_of_tie_N]
-            steps_RT = true_RT.diff(dim=1, prepend=torch.zeros(len(true_RT), 1))
-            parts.append((steps_RT * true_RT / said_RT.clamp_min(1)).sum(1) / true_RT[:, -1])  # NaN without a clip
-        precisions.append(torch.cat(parts))
+        counts_RN = drawn_RN[:, order_N]
+        true_RT = (counts_RN * truth_N[order_N]).cumsum(1)[:, last_of_tie_N]
+        said_RT = counts_RN.cumsum(1)[:, last_of_tie_N]
+        steps_RT = true_RT.diff(dim=1, prepend=torch.zeros(len(true_RT), 1))
+        precisions.append((steps_RT * true_RT / said_RT.clamp_min(1)).sum(1) / true_RT[:, -1])  # NaN without a clip
     return torch.stack(precisions).nanmean(0)

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm_pl.training.metrics import bootstrap_draws, percentiles
+from calm_pl.training.metrics import bootstrap_intervals
 
 GENUINE, SPOOFED = "bonafide", "spoof"
-# Resamples x clips at once: 128 MiB of float64.
-MAX_DRAWN = 2**24
 # Rates that are equal but for rounding; two different ones are further apart.
 EQUAL = 1e-12
 
@@ -37,25 +35,22 @@ def equal_error_rate_draws(scores_N: Tensor, genuine_N: Tensor, drawn_RN: Tensor
     """`equal_error_rate` of each resample (R,), in which clip n comes ``drawn_RN[r, n]`` times; sorted once for all."""
     _, rank_N = (-scores_N).unique(return_inverse=True)  # from the highest score to the lowest
     thresholds = int(rank_N.max()) + 1
-    rates = []
-    for part_RN in drawn_RN.split(max(1, MAX_DRAWN // len(scores_N))):
-        some_RN = part_RN.double()
-        # Shares of spoofed and of genuine clips that pass, from the threshold that nothing passes to the lowest.
-        passed_RT, kept_RT = (
-            torch.zeros(len(some_RN), thresholds + 1, dtype=torch.double)
-            .index_add_(1, rank_N + 1, some_RN * of_class_N)
-            .cumsum(1)
-            .div((some_RN * of_class_N).sum(1, keepdim=True))
-            for of_class_N in (~genuine_N, genuine_N)
-        )
-        gap_RT = passed_RT + kept_RT - 1  # from -1 to 1, never falling: where it is 0, the rates are equal
-        after_R1 = (gap_RT >= -EQUAL).long().argmax(1, keepdim=True).clamp_min(1)
-        before_R1 = after_R1 - 1
-        low_R1, high_R1 = gap_RT.gather(1, before_R1), gap_RT.gather(1, after_R1)
-        share_R1 = low_R1 / (low_R1 - high_R1)
-        passed_R1, then_R1 = passed_RT.gather(1, before_R1), passed_RT.gather(1, after_R1)
-        rates.append((passed_R1 + share_R1 * (then_R1 - passed_R1)).squeeze(1))
-    return torch.cat(rates)
+    drawn_RN = drawn_RN.double()
+    # Shares of spoofed and of genuine clips that pass, from the threshold that nothing passes to the lowest.
+    passed_RT, kept_RT = (
+        torch.zeros(len(drawn_RN), thresholds + 1, dtype=torch.double)
+        .index_add_(1, rank_N + 1, drawn_RN * of_class_N)
+        .cumsum(1)
+        .div((drawn_RN * of_class_N).sum(1, keepdim=True))
+        for of_class_N in (~genuine_N, genuine_N)
+    )
+    gap_RT = passed_RT + kept_RT - 1  # from -1 to 1, never falling: where it is 0, the rates are equal
+    after_R1 = (gap_RT >= -EQUAL).long().argmax(1, keepdim=True).clamp_min(1)
+    before_R1 = after_R1 - 1
+    low_R1, high_R1 = gap_RT.gather(1, before_R1), gap_RT.gather(1, after_R1)
+    share_R1 = low_R1 / (low_R1 - high_R1)
+    passed_R1, then_R1 = passed_RT.gather(1, before_R1), passed_RT.gather(1, after_R1)
+    return (passed_R1 + share_R1 * (then_R1 - passed_R1)).squeeze(1)
 
 
 def is_spoofing(classes: Sequence[str]) -> bool:
@@ -67,8 +62,8 @@ def spoofing_figures(scores_N: Tensor, genuine_N: Tensor) -> dict[str, Any]:
     """The equal error rate with its 95 % interval, by a bootstrap over clips; nothing where a class has no clip."""
     if genuine_N.all() or not genuine_N.any():
         return {}
-    drawn_R = equal_error_rate_draws(scores_N, genuine_N, bootstrap_draws(len(scores_N)))
-    return {"eer": equal_error_rate(scores_N, genuine_N), "eer_interval": percentiles(drawn_R)}
+    eer = {"eer": lambda drawn_RN: equal_error_rate_draws(scores_N, genuine_N, drawn_RN)}
+    return {"eer": equal_error_rate(scores_N, genuine_N), **bootstrap_intervals(len(scores_N), eer)}
 
 
 def attack_table(
