@@ -9,14 +9,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from calm_pl.backbone.random_checkpoint import byte_tokenizer
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from calm_pl.backbone.random_checkpoint import CHATML, byte_tokenizer
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ def qwen25_omni(shape: Shape, extractor: tf.WhisperFeatureExtractor, folder: Pat
         feature_extractor=extractor,
         tokenizer=tokenizer,
     )
-    processor.chat_template = CHATML
+    processor.chat_template = CHATML.replace("AUDIO", "<|audio_bos|><|AUDIO|><|audio_eos|>")
     return tf.Qwen2_5OmniThinkerForConditionalGeneration, config.thinker_config, processor
 
 

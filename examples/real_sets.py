@@ -50,7 +50,7 @@ INSTRUMENTS = {
     "conga": r"conga|bongo|djemb",
 }
 SPOKEN = ("fr", "ru", "ro", "ca", "bg", "es", "be", "el", "da", "it", "en")
-MIN_CLIPS, MAX_CLIPS = {"samples": 8}, 60
+MIN_CLIPS, MAX_CLIPS = dict.fromkeys(PACKAGES, 20) | {"samples": 8}, 60
 MIN_SECONDS = 0.05
 
 # A clip found: its file, its label, and the group that must stay on one side of a split.
@@ -113,7 +113,7 @@ def long_enough(path: Path) -> bool:
 
 
 def build(name: str, folder: Path) -> Path:
-    """Write FOLDER/NAME/manifest.jsonl: up to MAX_CLIPS of every class that has enough, the same at every
+    """Write FOLDER/NAME/manifest.jsonl: up to MAX_CLIPS of every class that has MIN_CLIPS, the same at every
     run."""
     root = folder / "packages"
     unpack(PACKAGES[name], root)
@@ -125,7 +125,7 @@ def build(name: str, folder: Path) -> Path:
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with manifest.open("w", encoding="utf-8") as file:
         for label, clips in sorted(members.items()):
-            if len(clips) >= MIN_CLIPS.get(name, 20):
+            if len(clips) >= MIN_CLIPS[name]:
                 random.Random(label).shuffle(clips)
                 for path, _, group in sorted(clips[:MAX_CLIPS]):
                     audio = Path("..") / path.relative_to(folder)

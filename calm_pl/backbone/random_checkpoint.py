@@ -8,6 +8,13 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+# A chat template for processors that have none of their own; AUDIO stands for a family's mark of a sound.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'audio' %}AUDIO{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def random_qwen2_audio(folder: Path | None = None, seed: int = 0) -> Path:
     """Write the checkpoint (about 1 MB, deterministic in ``seed``) unless it is there; return its folder."""

@@ -71,8 +71,8 @@ class LearnedWeights(MetricSpace):
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
         centre: of the within-head metric, as a share of the mean of the prototypes; None is chosen.
         tau: temperature of the head posteriors; None is chosen.
-        evidence: what a clip left out counts for when these three are averaged. Less than a whole clip: each stands in
-            the prototypes that judge the others, and what goes wrong goes wrong for several at once.
+        evidence: what a clip left out counts for when g, centre, tau and the sharpness of the start are averaged. Less
+            than a whole clip: each stands in the prototypes that judge the others, so that they err together.
         shots: prototypes from this many random clips in an episode; None for leave-one-out episodes.
         episodes: random episodes a step (with `shots`).
         seed: of the episodes.

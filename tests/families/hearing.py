@@ -9,8 +9,8 @@ from pathlib import Path
 
 import transformers as tf
 
-from calm_pl.backbone.random_checkpoint import byte_tokenizer
-from tests.families.base import CHATML, QWEN2, WHISPER, mel, save
+from calm_pl.backbone.random_checkpoint import CHATML, byte_tokenizer
+from tests.families.base import QWEN2, WHISPER, mel, save
 
 
 def qwen2_audio(folder: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import transformers as tf
 
-from calm_pl.backbone.random_checkpoint import byte_tokenizer
-from tests.families.base import CHATML, QWEN2, VISION, WHISPER, mel, save
+from calm_pl.backbone.random_checkpoint import CHATML, byte_tokenizer
+from tests.families.base import QWEN2, VISION, WHISPER, mel, save
 
 
 def omni_tokenizer() -> Any:
