@@ -247,6 +247,17 @@ def test_one_clip_a_class_falls_back_to_weights_that_all_classes_share(alpha):
     assert (learned(queries).argmax(1) == truth).float().mean() > 0.5
 
 
+def test_of_single_clips_heads_that_say_the_same_of_every_class_keep_silent():
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(4, 3, 32, generator=generator)
+    heads[:, 0] += 30  # hardly varies beside its length
+    heads[:, 1] += 1
+    constant, half, wide = LearnedWeights().fit(heads, torch.arange(4), 4).weights()[:, 0].tolist()
+    assert constant < 0.02 and constant < half < wide
+    # Beyond the noise a wider spread says little: the second head's is half of the third's.
+    assert half > 0.75 * wide
+
+
 def test_settings_are_a_mean_that_leans_to_the_likeliest():
     heads, labels = make_set(6, noise=1.5)
     choices = LearnedWeights().fit(heads, labels, 4).choices()

@@ -21,7 +21,7 @@ from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import CENTRE, SHRINKAGES, MetricSpace, directions
+from calm_pl.methods.metric_space import SHRINKAGES, MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
@@ -30,7 +30,9 @@ CENTRES = (0.5, 1.0)
 TAUS = (0.05, 0.1, 0.2)
 POWERS = (1.0, 0.5, 0.25)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
+DEFAULT_CENTRE = 0.9
 DEFAULT = {"tau": 0.15, "tau_w": 1.0}
+SPREAD_NOISE = 0.2  # what a head varies with anything but the class, as a share of its squared length
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
@@ -143,7 +145,7 @@ class LearnedWeights(MetricSpace):
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
-        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, CENTRE)
+        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, DEFAULT_CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
         if len(clips):
             choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips)
@@ -168,7 +170,7 @@ class LearnedWeights(MetricSpace):
             choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start)
             self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
         else:
-            weights_KC = with_base(spread_weights(left_out.prototypes_KCD, power), len(labels_N))
+            weights_KC = with_base(spread_weights(left_out.prototypes_KCD), len(labels_N))
             choices |= self._no_trust()
             self.source = None
         self.keep(
@@ -362,11 +364,15 @@ def shared_weights(posteriors_NKC: Tensor, labels_N: Tensor, power: float) -> Te
     return F.head_weights(reliability_K1, "margin_clamped", power).expand(-1, posteriors_NKC.shape[2])
 
 
-def spread_weights(prototypes_KCD: Tensor, power: float) -> Tensor:
-    """Weights of heads that no clip has judged: s^(1/power) over its sum, (K, C), with s the root mean square distance
-    of a head's prototypes from their mean. A head that hears all classes alike has little to say."""
-    spread_K1 = prototypes_KCD.var(1, correction=0).sum(1, keepdim=True).sqrt()
-    return F.head_weights(spread_K1, "margin_clamped", power).expand(-1, prototypes_KCD.shape[1])
+def spread_weights(prototypes_KCD: Tensor) -> Tensor:
+    """Weights of heads that no clip has judged, the same for every class: s / (s + SPREAD_NOISE) over its sum, (K, C),
+    with s the mean square distance of a head's prototypes from their mean; head outputs are of length 1.
+
+    A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing.
+    """
+    spread_K1 = prototypes_KCD.var(1, correction=0).sum(1, keepdim=True)
+    weights_K1 = F.head_weights(spread_K1 / (spread_K1 + SPREAD_NOISE), "margin_clamped")
+    return weights_K1.expand(-1, prototypes_KCD.shape[1])
 
 
 def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
