@@ -117,6 +117,63 @@ def test_the_only_clip_of_a_class_queries_with_noise_where_asked():
     assert torch.equal(noisy[:-1], left_out.cosines(0.3)[:-1])
 
 
+@pytest.mark.parametrize("shots", [1, 2, 8])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2, 1.0])
+def test_the_metric_of_few_clips_is_found_among_as_many_dimensions(shots, shrinkage):
+    heads, labels = make_set(shots, width=24)
+    heads[..., 20:] = 0  # padding
+    small, whole = (HeadMetric.estimate(heads, labels, 4, whole=whole) for whole in (False, True))
+    assert small.vectors_KDM.shape[2] == min(4 * shots, 24)
+    queries, _ = make_set(5, width=24, seed=3)
+    mean, transform = F.whitening(heads, labels, 4, shrinkage)
+    expected = F.whiten(queries, mean, whole.transform(shrinkage))
+    assert_close(F.whiten(queries, mean, transform), expected, rtol=1e-3, atol=1e-3)
+    axes, stretch, rest = small.factors(shrinkage)
+    assert axes.shape[2] == min(4 * shots - 4, 23)
+    assert_close(F.whiten_by_factors(queries, mean, axes, stretch, rest), expected, rtol=1e-3, atol=1e-3)
+    left_out = (LeaveOneOut(heads, labels, 4, metric).cosines(max(0.1, shrinkage)) for metric in (small, whole))
+    assert_close(*left_out, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_is_as_long_where_few_clips_span_few_dimensions():
+    def noisy(shots, whole):
+        heads, labels = make_set(shots, width=400)
+        heads, labels = torch.cat([heads, heads[:1] + 1]), torch.cat([labels, torch.tensor([4])])
+        left_out = LeaveOneOut(heads, labels, 5, HeadMetric.estimate(heads, labels, 5, whole=whole))
+        return left_out.cosines(1.0, generator=torch.Generator().manual_seed(0))[-1, :, 4].mean()
+
+    assert_close(noisy(3, whole=False), noisy(3, whole=True), rtol=0.2, atol=0.0)
+
+
+def test_a_metric_of_lower_rank_keeps_what_varies_most():
+    heads, labels = make_set(20, width=12)
+    heads += 20 * torch.randn(80, 1, 1) * torch.nn.functional.one_hot(torch.tensor(5), 12)
+    metric = HeadMetric.estimate(heads, labels, 4)
+    low = metric.of_rank(2)
+    axes, stretch, _ = low.factors(0.01)
+    assert axes.shape == (6, 12, 2) and stretch.shape == (6, 2)
+    assert (axes[:, 5, -1].abs() > 0.9).all() and (stretch[:, -1] < -0.8).all()
+    assert_close(low.values_KM.sum(1), metric.values_KM.sum(1))
+    assert metric.of_rank(50) is metric
+    with pytest.raises(ValueError, match="rank must be at least 0"):
+        metric.of_rank(-1)
+
+
+@pytest.mark.parametrize("make", [LearnedWeights, lambda **a: Calm("whitened", **a), lambda **a: Whitened(SAV(3), **a)])
+def test_a_classifier_is_as_small_as_its_metric(make):
+    heads, labels = make_set(10, width=32)
+    ranks = {rank: make(metric_rank=rank).fit(heads, labels, 4) for rank in (None, 3, 0)}
+    assert [ranks[rank].axes_KDR.shape[2] for rank in ranks] == [31, 3, 0]
+    queries, truth = make_set(20, width=32, seed=5)
+    for method in ranks.values():
+        assert (method(queries).argmax(1) == truth).float().mean() > 0.6
+    single = make().fit(*make_set(1, width=32), 4)
+    assert single.axes_KDR.numel() == 0
+    again = make()
+    again.load_state_dict(single.state_dict(), strict=False)
+    assert torch.equal(again(queries), single(queries))
+
+
 @pytest.mark.parametrize("estimate", ["ledoit_wolf", "oas"])
 def test_shrinkage_formulas_fall_with_more_clips(estimate):
     def shrinkage(shots):

@@ -177,7 +177,7 @@ def test_clips_without_labels_shape_the_metric_at_one_shot(tones, tiny_lalm, tmp
         trainer(tmp_path).fit(model, datamodule=data)
         assert len(data.parts["unlabelled"]) == (12 if unlabelled else 0)
         assert learned.unlabelled_NKD is None
-        weights[unlabelled] = learned.transform_KDD
+        weights[unlabelled] = learned.stretch_KR
     assert not torch.equal(*weights.values())
     with pytest.raises(ValueError, match="unlabelled is for protocol=open"):
         data_module(tones, tiny_lalm, protocol="mcq", unlabelled=str(tones))

@@ -12,7 +12,7 @@ from calm_pl.functional.heads import (
     leave_one_out_cosines,
     leave_one_out_posteriors,
 )
-from calm_pl.functional.metric import HeadMetric, whiten, whitening
+from calm_pl.functional.metric import HeadMetric, whiten, whiten_by_factors, whitening
 from calm_pl.functional.reliability import (
     clip_evidence,
     global_reliability,
@@ -42,5 +42,6 @@ __all__ = [
     "shrink_reliability",
     "vote",
     "whiten",
+    "whiten_by_factors",
     "whitening",
 ]

@@ -42,6 +42,7 @@ class Calm(MetricSpace):
         alpha: shrinkage of reliabilities toward their mean, in clips; helps where classes have few.
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas".
         centre: of the within-head metric, as a share of the mean of the prototypes.
+        metric_rank: of the within-head metric, at most, for a small classifier; None for all that the clips tell.
     """
 
     weights_KC: Tensor
@@ -56,11 +57,12 @@ class Calm(MetricSpace):
         alpha: float | None = None,
         shrinkage: float | str | None = None,
         centre: float = CENTRE,
+        metric_rank: int | None = None,
     ) -> None:
         super().__init__()
         if metric not in ("raw", "whitened"):
             raise ValueError(f"metric must be raw or whitened; got {metric!r}")
-        self.metric, self.centre = metric, centre
+        self.metric, self.centre, self.metric_rank = metric, centre, metric_rank
         given = {"tau": tau, "scheme": scheme, "tau_w": tau_w, "alpha": alpha, "shrinkage": shrinkage}
         self.given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if top_k is not None:
@@ -77,7 +79,7 @@ class Calm(MetricSpace):
         weights_KC = formula_weights(heads_NKD, labels_N, num_classes, formula, metric)
         buffers = {"prototypes_CKD": F.class_prototypes(heads_NKD, labels_N, num_classes)}
         if metric is not None and formula.shrinkage is not None:
-            buffers = self.in_metric(metric, formula.shrinkage, **buffers)
+            buffers = self.in_metric(metric, formula.shrinkage, self.metric_rank, **buffers)
         self.keep(choices, weights_KC=weights_KC, **buffers)
         return self
 

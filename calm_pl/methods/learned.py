@@ -72,6 +72,8 @@ class LearnedWeights(MetricSpace):
         base_clips: how many clips of this support set the base's word is worth.
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
         centre: of the within-head metric, as a share of the mean of the prototypes; None is chosen.
+        metric_rank: of the within-head metric, at most, for a small classifier: beyond it, a head's variation counts as
+            the same in every direction. None for all that the clips tell.
         tau: temperature of the head posteriors; None is chosen.
         evidence: what a clip left out counts for when g, centre, tau and the sharpness of the start are averaged. Less
             than a whole clip: each stands in the prototypes that judge the others, so that they err together.
@@ -101,6 +103,7 @@ class LearnedWeights(MetricSpace):
         base_clips: float = 50.0,
         shrinkage: float | str | None = None,
         centre: float | None = None,
+        metric_rank: int | None = None,
         tau: float | None = None,
         evidence: float = 0.5,
         shots: int | None = None,
@@ -117,7 +120,8 @@ class LearnedWeights(MetricSpace):
         self.standard_errors = standard_errors
         self.head_dropout, self.label_smoothing, self.averaging = head_dropout, label_smoothing, averaging
         self.base, self.base_clips = tuple(base), base_clips
-        self.shrinkage, self.centre, self.tau, self.evidence = shrinkage, centre, tau, evidence
+        self.shrinkage, self.centre, self.metric_rank = shrinkage, centre, metric_rank
+        self.tau, self.evidence = tau, evidence
         self.shots, self.episodes, self.seed = shots, episodes, seed
         self.trust = Trust()
         self.averages = {}
@@ -176,7 +180,7 @@ class LearnedWeights(MetricSpace):
         self.keep(
             {"alpha": self.alpha, **choices},
             start_logits_KC=entmax_logits(weights_KC, self.alpha),
-            **self.in_metric(metric, shrinkage, F.class_prototypes(heads_NKD, labels_N, num_classes)),
+            **self.in_metric(metric, shrinkage, self.metric_rank, F.class_prototypes(heads_NKD, labels_N, num_classes)),
         )
         self._make_parameters(self.start_logits_KC)
         return self

@@ -5,7 +5,7 @@ out moves its prototype by -z / (n - 1), the mean of the prototypes by -z / (n -
 metric. All of it is rank-one, so that every cosine without the clip follows from inner products with it. Only
 tr S and the divisor N - C stay those of the full set (the tests compare with doing it by hand).
 
-Shapes: N clips, K heads, D head dimension, C classes.
+Shapes: N clips, K heads, D head dimension (in a metric, the dimensions that the support set spans), C classes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LeaveOneOut:
         heads_KND = heads_NKD.float().transpose(0, 1)
         if self.metric is None:
             return heads_KND
-        return (heads_KND - self.metric.mean_KD[:, None]) @ self.metric.vectors_KDD
+        return (heads_KND - self.metric.mean_KD[:, None]) @ self.metric.vectors_KDM
 
     def whitened(self, shrinkage: float | str | Tensor | None = None, clips: Tensor | None = None) -> Tensor:
         """Support clips (all by default) in the metric of this g, in its eigenbasis: (K, N, D)."""
@@ -94,7 +94,10 @@ class LeaveOneOut:
             # In whitened space the classes vary by about 1 in every direction; two differ by twice that.
             noise_KND = torch.randn(noisy_KND.shape, generator=generator).to(noisy_KND)
             noisy_KND = noisy_KND + 2**0.5 * noise_KND
-            cosines_NKC[alone_N] = (unit(noisy_KND) @ unit(prototypes_KCD).mT).transpose(0, 1)
+            # The noise in dimensions that no support clip knows lengthens the query, and that is all.
+            unknown_K = (self.metric.dimension_K - noise_KND.shape[2]).clamp_min(0)
+            lengths_KN1 = (noisy_KND.square().sum(2, keepdim=True) + 2 * unknown_K[:, None, None]).sqrt()
+            cosines_NKC[alone_N] = (noisy_KND / lengths_KN1 @ unit(prototypes_KCD).mT).transpose(0, 1)
         return cosines_NKC
 
     def _without_themselves(

@@ -5,7 +5,9 @@ cosine asks for directions and loud clips should not shape the metric. And the c
 prototypes: the mean of a few prototypes is itself uncertain, and a cosine around it forgets what all classes share
 and other sounds do not. How short depends on the backbone.
 
-Shapes: N clips, K heads, D head dimension, C classes.
+The metric is kept and applied as factors, which are as small as the support set is: N - C directions a head.
+
+Shapes: N clips, K heads, D head dimension, C classes, R rank of the metric.
 """
 
 from __future__ import annotations
@@ -37,7 +39,31 @@ def directions(heads_NKD: Tensor) -> Tensor:
     return found_NKD
 
 
-class MetricSpace(HeadClassifier):
+def factors(metric: HeadMetric, shrinkage: float | str, rank: int | None = None) -> dict[str, Tensor]:
+    """The buffers of `InMetric`, of this rank at most.
+
+    What is chosen by leaving clips out is chosen in the whole metric: less of it cannot do without a clip exactly.
+    """
+    axes_KDR, stretch_KR, rest_K = (metric if rank is None else metric.of_rank(rank)).factors(shrinkage)
+    return {"mean_KD": metric.mean_KD, "axes_KDR": axes_KDR, "stretch_KR": stretch_KR, "rest_K": rest_K}
+
+
+class InMetric(HeadClassifier):
+    """A method whose buffers may hold the `factors` of a metric."""
+
+    mean_KD: Tensor
+    axes_KDR: Tensor
+    stretch_KR: Tensor
+    rest_K: Tensor
+
+    def into_metric(self, heads_NKD: Tensor) -> Tensor:
+        """Head outputs in the metric, where there is one: (N, K, D)."""
+        if not hasattr(self, "axes_KDR"):
+            return heads_NKD
+        return F.whiten_by_factors(directions(heads_NKD), self.mean_KD, self.axes_KDR, self.stretch_KR, self.rest_K)
+
+
+class MetricSpace(InMetric):
     """A classifier that votes on raw cosines, or in a metric where `in_metric` made one.
 
     Attributes:
@@ -45,8 +71,6 @@ class MetricSpace(HeadClassifier):
             the metric is their total covariance, around their mean; else they are not looked at.
     """
 
-    mean_KD: Tensor
-    transform_KDD: Tensor
     prototypes_CKD: Tensor
     unlabelled_NKD: Tensor | None = None
 
@@ -59,30 +83,25 @@ class MetricSpace(HeadClassifier):
             return metric, 1.0
         everything_NKD = directions(self.unlabelled_NKD)
         no_classes_N = torch.zeros(len(everything_NKD), dtype=torch.long, device=everything_NKD.device)
-        return HeadMetric.estimate(everything_NKD, no_classes_N, 1), UNLABELLED_SHRINKAGE
+        return HeadMetric.estimate(everything_NKD, no_classes_N, 1, whole=True), UNLABELLED_SHRINKAGE
 
     @staticmethod
-    def in_metric(metric: HeadMetric, shrinkage: float | str, prototypes_CKD: Tensor) -> dict[str, Tensor]:
+    def in_metric(
+        metric: HeadMetric, shrinkage: float | str, rank: int | None, prototypes_CKD: Tensor
+    ) -> dict[str, Tensor]:
         """The buffers of a vote in this metric; `prototypes_CKD` are means of directions."""
-        mean_KD, transform_KDD = metric.mean_KD, metric.transform(shrinkage)
-        return {
-            "mean_KD": mean_KD,
-            "transform_KDD": transform_KDD,
-            "prototypes_CKD": F.whiten(prototypes_CKD, mean_KD, transform_KDD),
-        }
+        buffers = factors(metric, shrinkage, rank)
+        return {**buffers, "prototypes_CKD": F.whiten_by_factors(prototypes_CKD, **buffers)}
 
     def vote(self, queries_NKD: Tensor, weights_KC: Tensor, tau: float | Tensor) -> Tensor:
         """Scores s[n,c] = sum over k of w[k,c] p[n,k,c] (CALM, section 3): (N, C), in chunks of queries."""
-        scores = []
-        for chunk in chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:])):
-            heads_NKD = queries_NKD[chunk]
-            if hasattr(self, "transform_KDD"):
-                heads_NKD = F.whiten(directions(heads_NKD), self.mean_KD, self.transform_KDD)
-            scores.append(F.vote(heads_NKD, self.prototypes_CKD, weights_KC, tau))
-        return torch.cat(scores)
+        parts = chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:]))
+        return torch.cat(
+            [F.vote(self.into_metric(queries_NKD[part]), self.prototypes_CKD, weights_KC, tau) for part in parts]
+        )
 
 
-class Whitened(HeadClassifier):
+class Whitened(InMetric):
     """Any method in the within-head metric: heads are moved into it first, and the method sees nothing else.
 
     Args:
@@ -91,25 +110,29 @@ class Whitened(HeadClassifier):
             of all heads voting alike.
         centre: as a share of the mean of the prototypes.
         tau: temperature of those votes.
+        metric_rank: of the metric, at most; None for all that the support set tells.
     """
 
-    mean_KD: Tensor
-    transform_KDD: Tensor
-
     def __init__(
-        self, method: HeadClassifier, shrinkage: float | str | None = None, centre: float = CENTRE, tau: float = 0.15
+        self,
+        method: HeadClassifier,
+        shrinkage: float | str | None = None,
+        centre: float = CENTRE,
+        tau: float = 0.15,
+        metric_rank: int | None = None,
     ) -> None:
         super().__init__()
-        self.method, self.shrinkage, self.centre, self.tau = method, shrinkage, centre, tau
+        self.method, self.shrinkage, self.centre = method, shrinkage, centre
+        self.tau, self.metric_rank = tau, metric_rank
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         check_support(heads_NKD, labels_N, num_classes)
-        heads_NKD = directions(heads_NKD)
-        metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes, self.centre)
-        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
+        directions_NKD = directions(heads_NKD)
+        metric = HeadMetric.estimate(directions_NKD, labels_N, num_classes, self.centre)
+        left_out = LeaveOneOut(directions_NKD, labels_N, num_classes, metric)
         shrinkage = self._choose(left_out) if self.shrinkage is None else self.shrinkage
-        self.keep({"metric_shrinkage": shrinkage}, mean_KD=metric.mean_KD, transform_KDD=metric.transform(shrinkage))
-        self.method.fit(F.whiten(heads_NKD, self.mean_KD, self.transform_KDD), labels_N, num_classes)
+        self.keep({"metric_shrinkage": shrinkage}, **factors(metric, shrinkage, self.metric_rank))
+        self.method.fit(self.into_metric(heads_NKD), labels_N, num_classes)
         return self
 
     def _choose(self, left_out: LeaveOneOut) -> float:
@@ -127,8 +150,5 @@ class Whitened(HeadClassifier):
 
     def forward(self, queries_NKD: Tensor) -> Tensor:
         """The method's probabilities (N, C)."""
-        parts = [
-            self.method(F.whiten(directions(queries_NKD[chunk]), self.mean_KD, self.transform_KDD))
-            for chunk in chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:]))
-        ]
-        return torch.cat(parts)
+        parts = chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:]))
+        return torch.cat([self.method(self.into_metric(queries_NKD[part])) for part in parts])
