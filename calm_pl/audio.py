@@ -114,6 +114,8 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         raise AudioError(path, "no such file; a manifest's paths start from the manifest's folder")
     if not file.is_file():
         raise AudioError(path, "is a folder; name the file in it")
+    if not os.access(file, os.R_OK):
+        raise AudioError(path, "may not be read: permission denied; give yourself the right to")
     if file.stat().st_size == 0:
         raise AudioError(path, "the file is empty (0 bytes); fetch or export it again")
     return file

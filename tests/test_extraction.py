@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import tarfile
 import time
@@ -29,10 +30,19 @@ from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Recipe, Shards
 from calm_pl.data.shards import write_shards
-from calm_pl.headstore import HeadStore
+from calm_pl.data.stream import ClipBatches
+from calm_pl.headstore import HeadStore, HeadStoreError
 from calm_pl.methods.calm import Calm
+from calm_pl.training import extraction
 from calm_pl.training.batch_size import fitting_batch_size
-from calm_pl.training.extraction import ClipDataModule, HeadExtraction, StoreWriter, extract_missing
+from calm_pl.training.extraction import (
+    ClipDataModule,
+    HeadExtraction,
+    StoreWriter,
+    arithmetic,
+    extract_missing,
+    unusable_clips,
+)
 from calm_pl.training.module import CalmModule
 from calm_pl.training.run_folder import RunFolder
 from calm_pl.training.trainer import CalmTrainer
@@ -185,11 +195,55 @@ def test_clips_that_cannot_be_used_are_told_with_the_reason(tones, tiny_lalm, tm
     assert store.missing(store.clip_keys(clips)) == [3, 4]
 
 
+def test_files_of_the_same_bytes_that_cannot_be_used_are_all_told(tones, tiny_lalm, tmp_path):
+    folder = Path(shutil.copytree(tones / "train", tmp_path / "tones"))
+    for name in ("empty-1.wav", "empty-2.wav"):
+        (folder / "low" / name).touch()
+    clips, backbone = read_manifest(folder), Backbone(tiny_lalm)
+    store = HeadStore(backbone.store_key(), tmp_path / "heads")
+    for _ in range(2):
+        reasons = extract_missing(trainer(), clips, HeadExtraction(backbone), store)
+        assert [Path(clips[index].audio).name for index in reasons] == ["empty-1.wav", "empty-2.wav"]
+        assert all("empty" in reason for reason in reasons.values())
+
+
+def test_a_file_that_changes_meanwhile_leaves_nothing_under_its_old_bytes(tones, tiny_lalm, tmp_path):
+    folder = Path(shutil.copytree(tones / "train", tmp_path / "tones"))
+    clips, backbone = read_manifest(folder), Backbone(tiny_lalm)
+    store = HeadStore(backbone.store_key(), tmp_path / "heads")
+    data = ClipDataModule(clips, backbone, store, batch_size=2)
+    data.setup()
+    shutil.copy(clips[1].audio, clips[0].audio)
+    told: list[str] = []
+    for batch in data_batches(data):
+        told += batch.errors
+    assert len(told) == 1 and "changed while this ran" in told[0] and clips[0].audio in told[0]
+
+
+def data_batches(data: ClipDataModule) -> ClipBatches:
+    return ClipBatches(data.clips, data.keys, data.wanted, data.backbone, 2, data.stamps)
+
+
+def test_what_another_node_keeps_to_itself_is_told_with_the_way_out(tones, tiny_lalm, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "LOOK_AGAIN_AFTER", (0, 0))
+    backbone = Backbone(tiny_lalm)
+    data = ClipDataModule(read_manifest(tones / "train"), backbone, HeadStore(backbone.store_key(), tmp_path))
+    data.setup()
+    with pytest.raises(HeadStoreError, match=rf"not in {data.store.folder}.* set CALM_STORE"):
+        unusable_clips(data)
+
+
+def test_films_that_nobody_watches_are_no_part_of_a_clip(tones, tiny_lalm):
+    data = AudioEpisodeDataModule(Folder(str(tones)), Backbone(tiny_lalm))
+    assert data.asked([Clip("a.wav", "low", video="a.mp4")])[0].video is None
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true"])
 def test_precision_is_the_trainers(tones, tiny_lalm, tmp_path, precision):
     clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
     exact_NKD = FrozenLALM.from_pretrained(tiny_lalm).head_outputs(clips)
-    store = HeadStore(backbone.store_key(precision), tmp_path, dtype="float32")
+    store = HeadStore(backbone.store_key(arithmetic(precision)), tmp_path, dtype="float32")
+    assert store.folder != HeadStore(backbone.store_key(arithmetic("32-true")), tmp_path, dtype="float32").folder
     extract_missing(trainer(precision=precision), clips, HeadExtraction(backbone), store)
     half_NKD = store.read(store.clip_keys(clips))
     assert torch.cosine_similarity(half_NKD, exact_NKD, dim=-1).min() > 0.999

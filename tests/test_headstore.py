@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import os
 import random
 import tempfile
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from calm_pl.clip import Clip
 from calm_pl.headstore import HeadStore, HeadStoreError, clip_key, file_digest, store_root
+from calm_pl.headstore import store as store_module
+from calm_pl.headstore.inventory import delete, list_stores, tidy
 
 KEY = {"backbone": "tiny", "prompt": "What sound is this?"}
 K, D = 3, 4
@@ -123,12 +124,13 @@ def test_a_moved_store_keeps_what_it_holds(tmp_path: Path) -> None:
 # What changes a vector changes its key
 
 
-@pytest.mark.parametrize("change", [{"prompt": "Which genre?"}, {"dtype": "bfloat16"}, {"backbone": "other"}])
+@pytest.mark.parametrize("change", [{"prompt": "Which genre?"}, {"dtype": "bfloat16"}, {"files": "other"}])
 def test_another_key_is_another_store(tmp_path: Path, change: dict[str, str]) -> None:
     HeadStore(KEY, tmp_path).write(["a"], heads(1))
     assert HeadStore(KEY | change, tmp_path).missing(["a"]) == [0]
     assert HeadStore(KEY, tmp_path, "float32").missing(["a"]) == [0]
     assert HeadStore(dict(reversed(KEY.items())), tmp_path).missing(["a"]) == []
+    assert HeadStore(KEY | {"backbone": "another name"}, tmp_path).missing(["a"]) == []
 
 
 def test_what_is_heard_or_asked_is_in_the_clip_key(tmp_path: Path) -> None:
@@ -316,8 +318,52 @@ def test_what_killed_writers_left_is_ignored_and_removed_after_a_day(tmp_path: P
     assert not old.exists()
 
 
-def test_other_errors_of_the_file_system_pass_unchanged(tmp_path: Path) -> None:
+def test_a_place_that_is_no_folder_is_told_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(OSError) as raised:
-        HeadStore(KEY, tmp_path / "file").write(["a"], heads(1))
-    assert raised.value.errno in {errno.ENOTDIR, errno.EEXIST}
+    store = HeadStore(KEY, tmp_path / "file")
+    for attempt in (store.prepare, lambda: store.write(["a"], heads(1))):
+        with pytest.raises(HeadStoreError, match=r"cannot be kept in .*file.* set CALM_STORE"):
+            attempt()
+
+
+def test_a_store_that_may_not_be_written_to_is_read_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HeadStore(KEY, tmp_path)
+    for key in "ab":
+        store.write([key], heads(1))
+    # Whoever runs the tests may be allowed everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    before = shards(store)
+    again = HeadStore(KEY, tmp_path)
+    again.compact()
+    assert shards(store) == before and again.missing(["a", "b"]) == []
+    with pytest.raises(HeadStoreError, match="permission denied.* set CALM_STORE"):
+        again.prepare()
+    info = list_stores(tmp_path)[0]
+    for change in (tidy, delete):
+        with pytest.raises(HeadStoreError, match="permission denied"):
+            change(info)
+    assert shards(store) == before
+
+
+def test_a_file_that_goes_away_while_others_are_hashed_stays_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = make_clips(tmp_path, 2)
+    hashed = store_module.file_digests
+
+    def late(files: list[str], root: Path) -> list[str]:
+        Path(clips[0].audio).unlink(missing_ok=True)
+        return hashed(files, root)
+
+    monkeypatch.setattr(store_module, "file_digests", late)
+    store = HeadStore(KEY, tmp_path / "heads")
+    assert store.missing(store.clip_keys(clips)) == [0, 1]
+
+
+def test_a_store_opens_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HeadStore(KEY, tmp_path)
+    store.write(["a"], heads(1))
+    monkeypatch.chdir(tmp_path)
+    assert HeadStore.open(Path(store.folder.name)).missing(["a"]) == []

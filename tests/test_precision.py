@@ -16,7 +16,7 @@ from calm_pl.data.recipes.synthesis import RATE
 from calm_pl.data.recipes.synthetic import scene
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
-from calm_pl.training.extraction import HeadExtraction, extract_missing
+from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
 from tests.test_extraction import trainer
 
 CLASSES, SUPPORT, QUERIES = 6, 6, 8
@@ -37,7 +37,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
 
 def heads(clips: list[Clip], precision: str, root: Path) -> torch.Tensor:
     backbone = Backbone("calm-tiny", heads="both")
-    store = HeadStore(backbone.store_key(precision, root), root, dtype="float32")
+    store = HeadStore(backbone.store_key(arithmetic(precision), root), root, dtype="float32")
     extract_missing(trainer(precision=precision), clips, HeadExtraction(backbone), store)
     return store.read(store.clip_keys(clips))
 

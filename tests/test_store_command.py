@@ -17,7 +17,7 @@ DAY = 24 * 3600
 
 
 def make_store(root: Path, backbone: str, days_unused: float, clips: int = 10) -> HeadStore:
-    store = HeadStore({"backbone": backbone}, root)
+    store = HeadStore({"backbone": backbone, "files": backbone}, root)
     for index in range(clips):
         store.write([str(index)], torch.ones(1, 4, 64))
     used = time.time() - days_unused * DAY

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Raised whenever the code changes what a head output is, so that no stored vector outlives its meaning.
 FORMAT_VERSION = 1
 # Read by the processor or the model; a readme may change without changing a head output.
-FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")  # .py: only run where it is trusted
 _loaded: dict[object, FrozenLALM] = {}  # the model that was loaded last
 
 

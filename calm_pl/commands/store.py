@@ -15,7 +15,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def main(argv: list[str]) -> int:
-    """Run `calm store <argv>`. Exit status 1: corrupt shards were found, or deleting was not agreed to."""
+    """Run `calm store <argv>`. Exit status 1: corrupt shards were found, or deleting was not agreed to or failed."""
     arguments = _parser().parse_args(argv)
     status: int = arguments.run(arguments)
     return status
@@ -103,6 +103,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _prune(arguments: argparse.Namespace) -> int:
     from rich.prompt import Confirm
 
+    from calm_pl.headstore import HeadStoreError
     from calm_pl.headstore.inventory import delete, least_recently_used, list_stores, tidy
 
     stores = list_stores(arguments.root)
@@ -116,7 +117,14 @@ def _prune(arguments: argparse.Namespace) -> int:
         _show(doomed)
         if not arguments.yes and not Confirm.ask(f"Delete {len(doomed)} stores?", default=False):
             return 1
+    problems = []
     for info in stores:
-        (delete if info in doomed else tidy)(info)
-    print(f"{len(doomed)} stores deleted, {len(stores) - len(doomed)} tidied")
-    return 0
+        try:
+            (delete if info in doomed else tidy)(info)
+        except (HeadStoreError, OSError) as error:
+            problems.append((info, error))
+    left = sum(info in doomed for info, _ in problems)
+    print(f"{len(doomed) - left} stores deleted, {len(stores) - len(doomed) - len(problems) + left} tidied")
+    for info, problem in problems:
+        print(f"{info.folder.name}: {problem}")
+    return 1 if problems else 0

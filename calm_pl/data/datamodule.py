@@ -138,8 +138,6 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             self.expect([])
             return
         clips = self.asked(self.recipe.clips())
-        if self.backbone.modality == "audio":  # videos that nobody watches need not be hashed for the clips' keys
-            clips = [replace(clip, video=None) for clip in clips]
         pool = [clip for clip in clips if clip.split == "train"]
         test = [clip for clip in clips if clip.split == "test"]
         check_disjoint(pool, test)
@@ -175,16 +173,21 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         return any(len(clip.labels) > 1 for clip in (self.streamed.values() if self.streams else self.clips))
 
     def asked(self, clips: list[Clip]) -> list[Clip]:
-        """The clips with the question of the protocol, see `Protocol.asked`."""
+        """The clips with the question of the protocol, see `Protocol.asked`.
+
+        Films that nobody watches are left out: they would be hashed for the clips' keys.
+        """
+        if self.backbone.modality == "audio":
+            clips = [replace(clip, video=None) for clip in clips]
         return self.protocol.asked(clips, self.recipe)
 
-    def open_store(self, weights_dtype: str) -> HeadStore:
+    def open_store(self, arithmetic: str) -> HeadStore:
         """The store of this backbone's head outputs; remembers the clips' keys."""
-        self.heads = self.store = self.make_store(weights_dtype)
+        self.heads = self.store = self.make_store(arithmetic)
         self.keys = self.store.clip_keys(self.clips)
         return self.store
 
-    def make_store(self, weights_dtype: str) -> HeadStore:
+    def make_store(self, arithmetic: str) -> HeadStore:
         """The head store that this backbone's vectors belong to.
 
         Raises:
@@ -192,7 +195,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         """
         if self.store_root == "none":
             raise ValueError("store none is for `calm test` and `calm predict` on shards (--data shards).")
-        return HeadStore(self.backbone.store_key(weights_dtype, self.store_root), self.store_root, self.store_dtype)
+        return HeadStore(self.backbone.store_key(arithmetic, self.store_root), self.store_root, self.store_dtype)
 
     def leave_out(self, unusable: Mapping[int, str]) -> None:
         """Take clips that cannot be used out of every part; they are named in the results.

@@ -6,7 +6,7 @@ ranks and workers there are; so an extraction that was killed, or that ran on mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Literal, TypeVar
 
@@ -19,7 +19,7 @@ from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip, length_batches
 from calm_pl.data.shards import ShardClip, ShardClips
-from calm_pl.headstore import HeadStore
+from calm_pl.headstore import HeadStore, Stamp, file_stamp
 
 BatchSize = int | Literal["auto"]
 # What `auto` is where nothing is found by trying: on a CPU, where larger batches are no faster, and for streams.
@@ -62,6 +62,8 @@ class ClipBatches(Dataset[ClipBatch]):
             (its other clips decide the padding, and so the last bits).
         backbone: whose processor makes the inputs.
         batch_size: clips a batch.
+        stamps: of the clips' files when their keys were made, see `file_stamps`; a clip whose file changed is an error,
+            else other bytes would be kept under its key.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class ClipBatches(Dataset[ClipBatch]):
         wanted: Sequence[int],
         backbone: Backbone,
         batch_size: int,
+        stamps: Mapping[str, Stamp | None] | None = None,
     ) -> None:
         self.clips = clips
         self.keys = keys
         self.wanted = frozenset(wanted)
         self.backbone = backbone
+        self.stamps = stamps or {}
         # Headers of a complete set are not even read.
         planned = length_batches(clips, batch_size) if wanted else []
         self.batches = [batch for batch in planned if self.wanted.intersection(batch)]
@@ -91,14 +95,31 @@ class ClipBatches(Dataset[ClipBatch]):
         errors: list[str] = []
         for index in self.batches[item]:
             try:
-                media[index] = self._processor.load(self.clips[index])
+                loaded = self._processor.load(self.clips[index])
+                self._check_unchanged(self.clips[index])
             except AudioError as error:
                 errors.append(str(error))
+            else:
+                media[index] = loaded
         if not self.wanted.intersection(media):
             return ClipBatch([], [], None, errors)
         clips = [self.clips[i] for i in media]
         keys = [self.keys[i] if i in self.wanted else None for i in media]
         return ClipBatch(clips, keys, self._processor(clips, list(media.values())), errors)
+
+    def _check_unchanged(self, clip: Clip) -> None:
+        for file in _files(clip):
+            if self.stamps.get(file) is not None and file_stamp(file) != self.stamps[file]:
+                raise AudioError(file, "changed while this ran; run it again when it is whole")
+
+
+def _files(clip: Clip) -> list[str]:
+    return [file for file in (clip.audio, clip.video) if file]
+
+
+def file_stamps(clips: Sequence[Clip]) -> dict[str, Stamp | None]:
+    """Sizes and times of the clips' files; None for one that is not there."""
+    return {file: file_stamp(file) for clip in clips for file in _files(clip)}
 
 
 class ShardBatches(IterableDataset[ClipBatch]):

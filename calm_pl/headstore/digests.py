@@ -30,7 +30,7 @@ SAVE_EVERY = 2048
 SHA256_HEX_LENGTH = 64
 
 
-class _Stamp(NamedTuple):
+class Stamp(NamedTuple):
     """What must stay the same for a remembered hash to hold.
 
     The inode's change time is part of it because two archives can unpack to files of equal size and
@@ -79,7 +79,7 @@ class _Memory:
         self._learned: dict[str, dict[str, list[int | str]]] = defaultdict(dict)
 
     def learn(self, paths: Sequence[str]) -> None:
-        unknown: dict[str, _Stamp] = {}
+        unknown: dict[str, Stamp] = {}
         for path in paths:
             if path in self.digests:
                 continue
@@ -127,9 +127,17 @@ def _load(path: Path) -> dict[str, list[int | str]]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _stamp(path: str) -> _Stamp:
+def file_stamp(path: str) -> Stamp | None:
+    """A file's stamp now; None where there is no such file."""
+    try:
+        return _stamp(path)
+    except OSError:
+        return None
+
+
+def _stamp(path: str) -> Stamp:
     status = os.stat(path)
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _hub_digest(path: str) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 TEMPORARY = ".tmp-"
 ABANDONED_SECONDS = 24 * 3600
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 class HeadStoreError(RuntimeError):
@@ -29,6 +30,27 @@ def store_root(root: str | Path | None = None) -> Path:
     return Path(platformdirs.user_cache_dir("calm-pl")) / "heads"
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written to.
+
+    Raises:
+        HeadStoreError: it cannot, or a file is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, error) from error
+    if not os.access(folder, os.W_OK):
+        raise _refused(folder, PermissionError(errno.EACCES, "permission denied"))
+
+
+def _refused(folder: Path, error: OSError) -> HeadStoreError:
+    return HeadStoreError(
+        f"head outputs cannot be kept in {folder} ({error.strerror or error}): make it a folder that you may write "
+        "to, or set CALM_STORE to one."
+    )
+
+
 def write_atomically(path: Path, data: bytes, durable: bool) -> None:
     """Write a whole file or none, whenever this process is killed: temporary file in the same folder, rename.
 
@@ -36,7 +58,8 @@ def write_atomically(path: Path, data: bytes, durable: bool) -> None:
     next half minute may lose the file or leave a torn one, which its reader must be able to tell.
 
     Raises:
-        HeadStoreError: the disk, the quota or the file size limit is full. Nothing is left behind.
+        HeadStoreError: the disk, the quota or the file size limit is full, or the folder may not be written to. Nothing
+            is left behind.
         OSError: anything else the file system says. Nothing is left behind.
     """
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
@@ -48,6 +71,8 @@ def write_atomically(path: Path, data: bytes, durable: bool) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno in FORBIDDEN:
+            raise _refused(path.parent, error) from error
         if error.errno not in DISK_FULL:
             raise
         free = shutil.disk_usage(path.parent).free

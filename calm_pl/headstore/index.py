@@ -181,7 +181,7 @@ class ShardIndex:
             self._forget([name])
             aside = set_aside(self.folder / name)
             warnings.warn(
-                f"corrupt shard of the head store set aside as {aside} ({error}); its clips are missing now "
+                f"corrupt shard of the head store, not used any more: {aside} ({error}); its clips are missing now "
                 "and are computed again when they are next needed",
                 stacklevel=2,
             )

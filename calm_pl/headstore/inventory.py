@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calm_pl.headstore.files import HeadStoreError, remove_abandoned, store_root
+from calm_pl.headstore.files import HeadStoreError, make_folder, remove_abandoned, store_root
 from calm_pl.headstore.shard import CORRUPT_SUFFIX
 from calm_pl.headstore.store import KEY_FILE, HeadStore, is_store_name
 
@@ -65,7 +65,12 @@ def least_recently_used(stores: Sequence[StoreInfo], max_size: int) -> list[Stor
 
 
 def tidy(info: StoreInfo) -> None:
-    """Delete corrupt shards that were set aside and what killed writers left, and merge small shards."""
+    """Delete corrupt shards that were set aside and what killed writers left, and merge small shards.
+
+    Raises:
+        HeadStoreError: the folder cannot be written to.
+    """
+    make_folder(info.folder)
     for file in info.folder.glob(f"*{CORRUPT_SUFFIX}"):
         file.unlink(missing_ok=True)
     remove_abandoned(info.folder)
@@ -74,5 +79,10 @@ def tidy(info: StoreInfo) -> None:
 
 
 def delete(info: StoreInfo) -> None:
-    """Delete a whole store."""
-    shutil.rmtree(info.folder, ignore_errors=True)
+    """Delete a whole store.
+
+    Raises:
+        HeadStoreError: the folder cannot be written to.
+    """
+    make_folder(info.folder)
+    shutil.rmtree(info.folder)

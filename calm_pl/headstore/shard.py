@@ -129,8 +129,8 @@ def write_shard(
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a corrupt shard to `*.corrupt`; does nothing where it is gone or the folder is read-only."""
+    """Rename a corrupt shard to `*.corrupt`, and return where it is; where the folder is read-only it stays."""
     aside = path.with_name(path.name + CORRUPT_SUFFIX)
     with contextlib.suppress(OSError):
         path.rename(aside)
-    return aside
+    return path if path.exists() else aside

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from calm_pl.headstore.digests import file_digests
-from calm_pl.headstore.files import HeadStoreError, remove_abandoned, store_root, write_atomically
+from calm_pl.headstore.files import HeadStoreError, make_folder, remove_abandoned, store_root, write_atomically
 from calm_pl.headstore.index import ShardIndex, ShardLostError
 from calm_pl.headstore.shard import SUFFIX, Shard, write_shard
 
@@ -52,7 +52,8 @@ class HeadStore:
 
     Args:
         key: everything besides the clip that changes a head output (weights, prompt, precision, ...), of
-            JSON's types. `key["backbone"]`, if there is one, is the name that `calm store ls` shows.
+            JSON's types. `key["backbone"]`, if there is one, is the name that `calm store ls` shows, and changes
+            nothing.
         root: the folder of all stores. Default: CALM_STORE, else the user's cache folder.
         dtype: what is kept on disk: float16, bfloat16 or float32.
     """
@@ -63,7 +64,9 @@ class HeadStore:
         self.key = dict(key)
         self.root = store_root(root)
         self.dtype = dtype
-        self.folder = self.root / _hash([FORMAT, dtype, self.key])[:NAME_LENGTH]
+        # A copy of a model under another name is the same model.
+        content = {name: value for name, value in self.key.items() if name != "backbone"}
+        self.folder = self.root / _hash([FORMAT, dtype, content])[:NAME_LENGTH]
         self._index = ShardIndex(self.folder, DTYPES[dtype])
         self._unmerged: list[str] = []
         self._files: dict[str, str] = {}  # clip key -> audio file, for messages
@@ -75,6 +78,7 @@ class HeadStore:
         Raises:
             HeadStoreError: there is no readable key file of this format.
         """
+        folder = Path(folder).absolute()
         try:
             about = json.loads((folder / KEY_FILE).read_bytes())
             store = cls(about["key"], folder.parent, about["dtype"])
@@ -91,12 +95,22 @@ class HeadStore:
         `missing`, so that whoever decodes it reports the failure.
         """
         files = {file for clip in clips for file in (clip.audio, clip.video) if file}
-        readable = sorted(file for file in files if os.path.isfile(file) and os.access(file, os.R_OK))
-        digests = {file: f"unreadable: {file}" for file in files}
-        digests.update(zip(readable, file_digests(readable, self.root), strict=True))
+        digests = {file: f"unreadable: {file}" for file in files} | self._digests(files)
         keys = [clip_key(clip, digests[clip.audio], digests[clip.video] if clip.video else None) for clip in clips]
         self._files.update((key, clip.audio) for key, clip in zip(keys, clips, strict=True))
         return keys
+
+    def _digests(self, files: Collection[str]) -> dict[str, str]:
+        """Hashes of the files that can be read."""
+        readable: list[str] = []
+        while True:
+            before, readable = readable, [file for file in sorted(files) if os.access(file, os.R_OK)]
+            readable = [file for file in readable if os.path.isfile(file)]
+            try:
+                return dict(zip(readable, file_digests(readable, self.root), strict=True))
+            except OSError:  # one went away since
+                if readable == before:
+                    raise
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """Indices of the keys that are not held; of a key that comes twice, only the first.
@@ -154,9 +168,19 @@ class HeadStore:
             self._index.merge(self._unmerged)
             self._unmerged.clear()
 
+    def prepare(self) -> None:
+        """Make the folder, before hours are spent on what it cannot take.
+
+        Raises:
+            HeadStoreError: it cannot be written to.
+        """
+        self._create()
+
     def compact(self) -> None:
-        """Merge small shards into larger ones and drop duplicates. Safe beside readers and writers."""
-        self._index.compact()
+        """Merge small shards into larger ones and drop duplicates. Safe beside readers and writers; where the folder
+        cannot be written to, it stays as it is."""
+        if os.access(self.folder, os.W_OK):
+            self._index.compact()
 
     def verify(self) -> int:
         """Verify every checksum; corrupt shards are set aside with a warning. Returns how many so far."""
@@ -217,7 +241,7 @@ class HeadStore:
 
     def _create(self) -> None:
         """Make the folder and its key file, also when somebody has just pruned them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if not (self.folder / KEY_FILE).exists():
             about = {"format": FORMAT, "dtype": self.dtype, "key": self.key}
             write_atomically(self.folder / KEY_FILE, json.dumps(about, indent=2).encode(), durable=True)

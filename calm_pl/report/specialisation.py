@@ -19,7 +19,7 @@ from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.labelled import TEST_CHUNK, LabelledHeads, StoredHeads
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.report.run import Run, heads_for, trusted_weights
-from calm_pl.training.extraction import weights_dtype
+from calm_pl.training.extraction import arithmetic
 from calm_pl.training.module import CalmModule, full_precision
 
 # A class's top heads carry this share of its weight. Those that carry 90 % are nearly all heads that it uses at all.
@@ -185,7 +185,7 @@ def _open_data(run: Run) -> AudioEpisodeDataModule:
     parser.add_class_arguments(AudioEpisodeDataModule, "data")
     data: AudioEpisodeDataModule = parser.instantiate(parser.parse_object({"data": run.config["data"]})).data
     data.setup()
-    store = data.open_store(weights_dtype(run.config["trainer"]["precision"]))
+    store = data.open_store(arithmetic(run.config["trainer"]["precision"]))
     skipped = {clip["audio"] for clip in run.results["skipped"]}
     missing = {i: "left out by the run" for i in store.missing(data.keys)}
     if absent := [data.clips[i].audio for i in missing if data.clips[i].audio not in skipped]:

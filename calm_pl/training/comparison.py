@@ -29,7 +29,7 @@ from calm_pl.data.splits import check_disjoint, draw_support
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.compare import Difference, Fold, Row, compare, half_width, paired_differences
 from calm_pl.progress import Task
-from calm_pl.training.extraction import HeadExtraction, extract_missing, weights_dtype
+from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
 from calm_pl.training.results import write_json
 
 ROWS_FILE = "rows.csv"
@@ -133,7 +133,7 @@ def stored_heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[C
             f"{data.recipe.name}: clips have several labels, which compare cannot count: use `calm fit`, or "
             "--data.protocol mcq, which asks for each label alone."
         )
-    store = data.make_store(weights_dtype(trainer.precision))
+    store = data.make_store(arithmetic(trainer.precision))
     unusable = extract_missing(trainer, clips, HeadExtraction(data.backbone), store, data.batch_size, data.num_workers)
     for reason in unusable.values():
         print(f"left out: {reason}")

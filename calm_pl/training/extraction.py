@@ -5,6 +5,7 @@ Shapes: B clips of a batch, K heads, D head dimension.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,19 @@ from torch.utils.data import DataLoader
 
 from calm_pl.audio import AudioError
 from calm_pl.backbone.lalm import FrozenLALM
-from calm_pl.backbone.processing import LALMInputs
+from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
-from calm_pl.data.stream import DEFAULT_BATCH_SIZE, BatchSize, ClipBatch, ClipBatches, ShardBatches, stream_loader
-from calm_pl.headstore import HeadStore
+from calm_pl.data.stream import (
+    DEFAULT_BATCH_SIZE,
+    BatchSize,
+    ClipBatch,
+    ClipBatches,
+    ShardBatches,
+    file_stamps,
+    stream_loader,
+)
+from calm_pl.headstore import HeadStore, HeadStoreError, Stamp
 from calm_pl.progress import say
 from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
 from calm_pl.training.progress import ExtractionProgress, shows_progress
@@ -35,6 +44,9 @@ PRECISION_DTYPES = {
     "bf16-mixed": "float32",
     "16-mixed": "float32",
 }
+
+
+LOOK_AGAIN_AFTER = (0, 5, 20)  # seconds, for what other nodes wrote to a network folder
 
 
 @dataclass
@@ -117,6 +129,12 @@ def weights_dtype(precision: str) -> str:
     return PRECISION_DTYPES[precision]
 
 
+def arithmetic(precision: str) -> str:
+    """What a head output was computed in, for store keys: the dtype of the weights, or under "-mixed" the precision."""
+    dtype = weights_dtype(precision)
+    return precision if precision.endswith("-mixed") else dtype
+
+
 class StoreWriter(BasePredictionWriter):
     """Writes each batch's wanted head outputs to the store as soon as it is computed."""
 
@@ -163,8 +181,10 @@ class ClipDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.share = share
         self.keys: list[str] = []
+        self.stamps: dict[str, Stamp | None] = {}
         self.wanted: list[int] = []
         self.clips_of_this_rank: int | None = None
+        self._processor: ClipProcessor | None = None
 
     def prepare_data(self) -> None:
         """Hash the files on one rank of each node; the others find the hashes remembered."""
@@ -173,8 +193,21 @@ class ClipDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """See what is missing. No rank may write before all have seen it: Lightning waits for all after setup."""
         if not self.keys:
+            self.stamps = file_stamps(self.clips)
             self.keys = self.store.clip_keys(self.clips)
             self.wanted = self.store.missing(self.keys)
+            if self.wanted:
+                self.store.prepare()
+
+    def why_unusable(self, index: int) -> str | None:
+        """The error of decoding a clip; None where there is none."""
+        if self._processor is None:
+            self._processor = self.backbone.clip_processor()
+        try:
+            self._processor.load(self.clips[index])
+        except AudioError as error:
+            return str(error)
+        return None
 
     def predict_dataloader(self) -> DataLoader[ClipBatch]:
         trainer = self.trainer
@@ -182,7 +215,7 @@ class ClipDataModule(L.LightningDataModule):
         size = self.batch_size
         if size == "auto":
             size = chosen_batch_size(trainer, trainer.lightning_module, self.clips if self.wanted else [])
-        batches = ClipBatches(self.clips, self.keys, self.wanted, self.backbone, size)
+        batches = ClipBatches(self.clips, self.keys, self.wanted, self.backbone, size, self.stamps)
         if self.share is not None:
             batches.batches = batches.batches[self.share[0] :: self.share[1]]
         self.clips_of_this_rank = sum(map(len, batches.batches)) // trainer.world_size
@@ -276,21 +309,26 @@ def extract_missing(
     if trainer.is_global_zero:
         store.compact()
         say(f"{extraction.title}: {progress.summary(trainer.world_size)}")
-    missing = store.missing(data.keys)
-    return unusable_clips(clips, missing, extraction.backbone)
+    return unusable_clips(data)
 
 
-def unusable_clips(clips: Sequence[Clip], missing: Sequence[int], backbone: Backbone) -> dict[int, str]:
-    """Why clips are still missing after an extraction: decoding them again tells."""
-    if not missing:
-        return {}
-    processor = backbone.clip_processor()
-    reasons: dict[int, str] = {}
-    for index in missing:
-        try:
-            processor.load(clips[index])
-        except AudioError as error:
-            reasons[index] = str(error)
-        else:
-            raise RuntimeError(f"{clips[index].audio} was not extracted although it can be decoded")
-    return reasons
+def unusable_clips(data: ClipDataModule) -> dict[int, str]:
+    """Why clips are still missing after an extraction: decoding them again tells.
+
+    Raises:
+        HeadStoreError: one can be decoded. What another node wrote may be seen late in a network folder, or never.
+    """
+    lost = 0
+    for seconds in LOOK_AGAIN_AFTER:
+        time.sleep(seconds)
+        missing = {data.keys[index] for index in data.store.missing(data.keys)}
+        # Files of the same bytes have one key: where one cannot be used, none can.
+        reasons = {index: data.why_unusable(index) for index, key in enumerate(data.keys) if key in missing}
+        lost = next((index for index, reason in reasons.items() if reason is None), -1)
+        if lost < 0:
+            return {index: str(reason) for index, reason in reasons.items()}
+    raise HeadStoreError(
+        f"{data.clips[lost].audio} can be decoded, but its head outputs are not in {data.store.folder}: it changed "
+        "while this ran, or another node wrote them to a folder of its own. Run it again, or set CALM_STORE to a "
+        "folder that all nodes share."
+    )

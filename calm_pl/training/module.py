@@ -25,7 +25,7 @@ from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import MetricSpace
 from calm_pl.progress import Task
-from calm_pl.training.extraction import HeadExtraction, extract_missing, weights_dtype
+from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing, weights_dtype
 from calm_pl.training.metrics import ClipScores
 from calm_pl.training.progress import shows_progress
 from calm_pl.training.spoofing import GENUINE, attack_table, is_spoofing, spoofing_figures
@@ -109,7 +109,7 @@ class CalmModule(L.LightningModule):
     def _read_heads(self) -> None:
         data = self.data
         started = time.perf_counter()
-        store = data.open_store(weights_dtype(self.trainer.precision))
+        store = data.open_store(arithmetic(self.trainer.precision))
         extraction = HeadExtraction(data.backbone)
         data.leave_out(extract_missing(self.trainer, data.clips, extraction, store, data.batch_size, data.num_workers))
         self.timing.setdefault("extraction_seconds", time.perf_counter() - started)

@@ -22,7 +22,7 @@ from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.stream import ClipBatch
 from calm_pl.headstore import HeadStore
-from calm_pl.training.extraction import ClipDataModule, HeadBatch, HeadExtraction, weights_dtype
+from calm_pl.training.extraction import ClipDataModule, HeadBatch, HeadExtraction, arithmetic
 from calm_pl.training.trainer import CalmTrainer
 from calm_pl.training.zero_shot import ZeroShot
 
@@ -116,7 +116,7 @@ def pseudolabel(
         extraction = ZeroShot(data.backbone, clips, classes, "likelihood")
     else:
         extraction = SampledAnswers(data.backbone, classes, asking)
-    key = {**data.backbone.store_key(weights_dtype(trainer.precision), data.store_root), **extraction.store_key()}
+    key = {**data.backbone.store_key(arithmetic(trainer.precision), data.store_root), **extraction.store_key()}
     store = HeadStore(key, data.store_root, dtype="float32")
     waiting = ClipDataModule(clips, data.backbone, store, data.batch_size, data.num_workers)
     trainer.fill(store, extraction, waiting)

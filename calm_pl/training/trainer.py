@@ -13,7 +13,7 @@ from calm_pl.training.extraction import (
     HeadExtraction,
     ShardDataModule,
     StoreWriter,
-    weights_dtype,
+    arithmetic,
 )
 from calm_pl.training.module import CalmModule
 from calm_pl.training.progress import ExtractionProgress, shows_progress
@@ -29,7 +29,7 @@ class CalmTrainer(L.Trainer):
         an interrupted extraction goes on where it was.
         """
         recipe, backbone = datamodule.recipe, datamodule.backbone
-        store = datamodule.make_store(weights_dtype(self.precision))
+        store = datamodule.make_store(arithmetic(self.precision))
         options = (backbone, store, datamodule.batch_size, datamodule.num_workers)
         recipe.prepare()
         data: ClipDataModule | ShardDataModule
