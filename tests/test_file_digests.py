@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from calm_pl.headstore import file_digest
+from calm_pl.headstore import file_digest, file_digests
 
 
 def old_file() -> Path:
@@ -69,3 +69,18 @@ def test_a_blob_of_the_hub_cache_is_named_by_its_hash(tmp_path: Path) -> None:
     snapshot = tmp_path / "model.safetensors"
     snapshot.symlink_to(blob)
     assert file_digest(snapshot, tmp_path) == "ab" * 32
+
+
+def test_many_files_show_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("calm_pl.headstore.digests.SAVE_EVERY", 2)
+    files = [tmp_path / f"{index}.wav" for index in range(5)]
+    for file in files:
+        file.write_text(file.name)
+    digests = file_digests(files, tmp_path)
+    assert "looking at files: 5 files" in capsys.readouterr().err
+    assert digests == [file_digest(file, tmp_path) for file in files]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    file_digests(files, tmp_path)
+    assert not capsys.readouterr().err

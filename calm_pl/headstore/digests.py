@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from calm_pl.headstore.files import HeadStoreError, store_root, write_atomically
+from calm_pl.progress import Task
 
 FOLDER = "digests"
 # A file changed again within the clock tick of its time stamps looks unchanged. Hence no file is remembered
@@ -57,10 +58,18 @@ def file_digests(paths: Sequence[str | Path], root: str | Path | None = None) ->
     """
     memory = _Memory(store_root(root) / FOLDER)
     real_paths = _real_paths(paths)
-    for begin in range(0, len(paths), SAVE_EVERY):
-        memory.learn(real_paths[begin : begin + SAVE_EVERY])
-        memory.save()
+    with Task("looking at files", len(paths), "files", shown=_tells(len(paths))) as task:
+        for begin in range(0, len(paths), SAVE_EVERY):
+            part = real_paths[begin : begin + SAVE_EVERY]
+            memory.learn(part)
+            memory.save()
+            task.advance(len(part))
     return [memory.digests[path] for path in real_paths]
+
+
+def _tells(count: int) -> bool:
+    """Whether so many files are worth a word; of several processes on a machine, one has it."""
+    return count > SAVE_EVERY and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _real_paths(paths: Sequence[str | Path]) -> list[str]:
