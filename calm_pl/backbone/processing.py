@@ -157,7 +157,10 @@ class ClipProcessor:
 
     def load(self, clip: Clip) -> list[Media]:
         """Decode one clip, no further than the window; where long ones are split, its pieces. Raises AudioError."""
-        return [self.content.load(piece, self.sampling_rate, self.max_seconds) for piece in self._pieces(clip)]
+        return [
+            self.content.load(piece, self.sampling_rate, self.max_seconds, hold_last=number > 0)
+            for number, piece in enumerate(self._pieces(clip))
+        ]
 
     def _pieces(self, clip: Clip) -> list[Clip]:
         """The clip, or, where long ones are split, the even stretches of time of which none exceeds the window."""
