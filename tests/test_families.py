@@ -111,6 +111,18 @@ def test_a_cut_window_and_an_early_exit_change_nothing(built, clips):
         assert inputs.max_frames < 100  # 0.3 s of 2 s
 
 
+def test_very_short_clips_are_heard(built, clips, tmp_path):
+    wave_S, rate = soundfile.read(clips[2].audio)
+    short = []
+    for milliseconds in (10, 10, 20, 30):
+        file = tmp_path / f"{len(short)}.wav"
+        soundfile.write(file, wave_S[len(short) :][: milliseconds * rate // 1000], rate)
+        short.append(Clip(str(file)))
+    alone = built.lalm.head_outputs(short, batch_size=1)
+    assert torch.isfinite(alone).all()
+    torch.testing.assert_close(built.lalm.head_outputs(short, batch_size=4), alone, **CLOSE)
+
+
 def test_bfloat16_is_close(built, clips):
     half = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, dtype="bfloat16")
     cosine_NK = torch.cosine_similarity(half.head_outputs(clips), built.lalm.head_outputs(clips), dim=-1)

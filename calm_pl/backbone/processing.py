@@ -33,6 +33,8 @@ PaddingSide = Literal["left", "right"]
 LongClips = Literal["cut", "split"]
 # Below this length a processor may give a clip no audio token at all, which transformers does not notice.
 SURELY_LONG_ENOUGH_SECONDS = 0.5
+# Shorter clips get silence behind them first: some processors raise an error of their own at less.
+SHORTEST_SECONDS = 0.05
 # A clip that is longer than the window by less than this loses nothing worth a warning.
 UNHEARD_SECONDS = 0.1
 EXTRACTORS = ("feature_extractor", "audio_processor")
@@ -283,6 +285,8 @@ class ClipProcessor:
         """Pad with silence, doubling, until the processor gives the clip an audio token."""
         if not self.content.hears or len(medium.waveform_S) >= SURELY_LONG_ENOUGH_SECONDS * self.sampling_rate:
             return medium
+        missing = max(0, round(SHORTEST_SECONDS * self.sampling_rate) - len(medium.waveform_S))
+        medium = medium._replace(waveform_S=F.pad(medium.waveform_S, (0, missing)))
         while not (self._process([text], [medium])["input_ids"] == self.audio_token_id).any():
             medium = medium._replace(waveform_S=F.pad(medium.waveform_S, (0, len(medium.waveform_S))))
         return medium
