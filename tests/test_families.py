@@ -246,6 +246,23 @@ def test_encoder_heads_of_windows_are_averaged_over_the_clip(name, tmp_path):
     torch.testing.assert_close(whole, (2 * first + 2 * second + third) / 5, **CLOSE)
 
 
+def test_encoder_heads_of_an_unfolded_clip_leave_its_padding_out(tmp_path):
+    if find_spec("torchvision") is None:
+        pytest.skip("Phi-4 needs torchvision")
+    FAMILIES["phi-4-multimodal"].write(tmp_path)
+    lalm = FrozenLALM.from_pretrained(tmp_path, heads="encoder")
+    file = tmp_path / "long.wav"
+    soundfile.write(file, np.random.default_rng(0).normal(0, 0.2, 45 * RATE), RATE)
+    seen = []
+    handle = lalm.sites[0].projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    (heads_KD,) = lalm.head_outputs([Clip(str(file))])
+    handle.remove()
+    (x_RTE,) = seen
+    frames = -(-((45 * RATE - 400) // 160 + 1) // 8)  # of 25 ms every 10 ms, of which eight are one position
+    assert x_RTE.shape[:2] == (2, 500) and frames < 1000
+    torch.testing.assert_close(heads_KD[:2], x_RTE.reshape(1000, 2, -1)[:frames].mean(0), **CLOSE)
+
+
 def test_a_clip_beyond_the_processors_last_whole_window_is_cut_there(tmp_path):
     FAMILIES["glm-asr"].write(tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())

@@ -90,6 +90,8 @@ def capture_heads(capture: HeadCapture) -> Iterator[HeadCapture]:
 
 def _mean_of_valid_frames(x_RTE: Tensor, inputs: LALMInputs) -> Tensor:
     clip_R = inputs.clip_R.to(x_RTE.device)
+    if len(x_RTE) != len(clip_R):
+        return _mean_of_unfolded_frames(x_RTE, inputs)
     R, T, E = x_RTE.shape
     valid_R = torch.full((R,), T, device=x_RTE.device)
     if inputs.frames_R is not None and inputs.max_frames is not None:
@@ -101,6 +103,19 @@ def _mean_of_valid_frames(x_RTE: Tensor, inputs: LALMInputs) -> Tensor:
     B = len(inputs.last_token_B)
     valid_B = valid_R.new_zeros(B).index_add(0, clip_R, valid_R)
     return sums_RE.new_zeros(B, E).index_add(0, clip_R, sums_RE) / valid_B[:, None]
+
+
+def _mean_of_unfolded_frames(x_RTE: Tensor, inputs: LALMInputs) -> Tensor:
+    """Phi-4's encoder lays a clip beyond its window down in rows, the last of them padded; such a clip runs alone."""
+    assert inputs.audio_BT is not None
+    length_B = inputs.audio_BT.sum(1).tolist()  # one position per audio token
+    R, T, _ = x_RTE.shape
+    if len(length_B) > 1 or -(-length_B[0] // T) != R:
+        raise BackboneError(
+            f"the audio encoder has {R} rows of {T} positions, which do not fit the {length_B} audio tokens of the "
+            "clips: use heads=decoder."
+        )
+    return x_RTE.flatten(0, 1)[: length_B[0]].float().mean(0, keepdim=True)
 
 
 def _mean_of_packed_frames(x_TE: Tensor, inputs: LALMInputs) -> Tensor:

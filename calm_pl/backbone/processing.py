@@ -25,7 +25,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone import mistral
 from calm_pl.backbone.content import Content, Media, Modality
 from calm_pl.backbone.errors import BackboneError
-from calm_pl.backbone.window import can_be_cut, mixes_from, shorter_features
+from calm_pl.backbone.window import alone_from, can_be_cut, mixes_from, shorter_features
 from calm_pl.clip import DEFAULT_QUESTION, Clip
 
 DEFAULT_PROMPT = "{question} Answer with the class name."
@@ -152,7 +152,7 @@ class ClipProcessor:
         self.max_seconds = _longest_clip(self.processor, extractor)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = padding_side
-        self.mixes_from = mixes_from(config, extractor)
+        self.mixes_from, self.alone_from = mixes_from(config, extractor), alone_from(config, extractor)
         self.content = Content(self.processor, modality, frame_rate)
         self.audio_token = self.content.audio_token
         self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(self.audio_token)
@@ -243,8 +243,8 @@ class ClipProcessor:
         """One batch of clips or pieces."""
         if self.start_tokens is not None:
             return self._start_token_inputs([x_S for x_S, _ in media])
-        if len({min(len(x_S), self.mixes_from) for x_S, _ in media}) > 1:
-            return self._by_length(clips, media)
+        if len(groups := self._groups(media)) > 1:
+            return self._apart(clips, media, groups)
         if self.mistral:
             questions = [self.question(clip) for clip in clips]
             return self._inputs(mistral.inputs(self.processor, questions, [x_S for x_S, _ in media]), media)
@@ -255,13 +255,17 @@ class ClipProcessor:
         long_enough = [self._long_enough(medium, text) for medium, text in zip(media, texts, strict=True)]
         return self._inputs(self._process(texts, long_enough), long_enough)
 
-    def _by_length(self, clips: Sequence[Clip], media: Sequence[Media]) -> LALMInputs:
-        """One part for each length, so that no clip hears the padding of another."""
-        rows: dict[float, list[int]] = defaultdict(list)
+    def _groups(self, media: Sequence[Media]) -> list[list[int]]:
+        """Rows that may share a batch: where padding would be heard, those of one length; none where it would fail."""
+        groups: dict[tuple[float, int | None], list[int]] = defaultdict(list)
         for row, (x_S, _) in enumerate(media):
-            rows[min(len(x_S), self.mixes_from)].append(row)
-        parts = tuple(self._batch([clips[i] for i in part], [media[i] for i in part]) for part in rows.values())
-        order = tuple(i for part in rows.values() for i in part)
+            groups[min(len(x_S), self.mixes_from), row if len(x_S) > self.alone_from else None].append(row)
+        return list(groups.values())
+
+    def _apart(self, clips: Sequence[Clip], media: Sequence[Media], groups: Sequence[Sequence[int]]) -> LALMInputs:
+        """One part for each group of rows."""
+        parts = tuple(self._batch([clips[i] for i in group], [media[i] for i in group]) for group in groups)
+        order = tuple(i for group in groups for i in group)
         return LALMInputs({}, torch.zeros(len(clips), dtype=torch.long), parts=parts, order=order)
 
     def _inputs(self, inputs: Mapping[str, Tensor], media: Sequence[Media]) -> LALMInputs:

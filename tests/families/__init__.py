@@ -21,7 +21,9 @@ FAMILIES = {
     "vibevoice-asr": Family(hearing.vibevoice_asr, (3, 4, 8), encoder=None),
     "granite-speech": Family(hearing.granite_speech("GraniteSpeech"), (3, 4, 8), asks=hearing.GRANITE_TURN),
     "granite-speech-plus": Family(hearing.granite_speech("GraniteSpeechPlus"), (3, 4, 8), asks=hearing.GRANITE_TURN),
-    "phi-4-multimodal": Family(seeing.phi4, (3, 4, 8), layers_at="model.layers", needs=("torchvision",), sees=True),
+    "phi-4-multimodal": Family(
+        seeing.phi4, (3, 4, 8), layers_at="model.layers", needs=("torchvision",), sees=True, window=40
+    ),
     "gemma-3n": Family(
         seeing.gemma3n,
         (5, 2, 16),
