@@ -37,6 +37,7 @@ def load_frames(
     start: float | None = None,
     end: float | None = None,
     max_seconds: float | None = None,
+    hold_last: bool = False,
 ) -> Tensor:
     """The pictures shown at `start`, `start + 1 / rate`, ... until `end`.
 
@@ -46,6 +47,7 @@ def load_frames(
         start: first second; None is the beginning.
         end: last second; None is the end of the file.
         max_seconds: look at no more than this many seconds from `start`.
+        hold_last: where `start` lies behind the pictures, show the last of them.
 
     Returns:
         uint8 tensor (F, 3, H, W), RGB, F at least 1; frames larger than `MAX_PIXELS` are shrunk in proportion.
@@ -63,10 +65,12 @@ def load_frames(
 
         stream = _pictures(path, container)
         seconds = stream_seconds(container, stream)
-        if seconds is not None:
+        if seconds is not None and hold_last:
+            begin = min(begin, seconds)
+        elif seconds is not None:
             _check_inside(path, begin, seconds)
         try:
-            frames = [_rgb(frame) for frame in _sampled(container, stream, begin, stop, 1 / rate)]
+            frames = [_rgb(frame) for frame in _sampled(container, stream, begin, stop, 1 / rate, hold_last)]
         except av.error.FFmpegError as error:
             raise VideoError(path, f"truncated or damaged ({error.strerror}); fetch it again") from None
     if not frames:
@@ -112,7 +116,7 @@ def _pictures(path: str | os.PathLike[str], container: InputContainer) -> VideoS
 
 
 def _sampled(
-    container: InputContainer, stream: VideoStream, begin: float, stop: float, step: float
+    container: InputContainer, stream: VideoStream, begin: float, stop: float, step: float, hold_last: bool
 ) -> Iterator[VideoFrame]:
     """The frame shown at each wanted time; one is shown until the next one's time, the first also before its own."""
     zero = start_seconds(container)
@@ -129,7 +133,9 @@ def _sampled(
         if time >= stop:
             return
         shown, until = frame, time + float(1 / stream.average_rate if stream.average_rate else 0)
-    while shown is not None and (wanted < min(until, stop) - ROUNDING_SECONDS or (not count and wanted <= until)):
+    while shown is not None and (
+        wanted < min(until, stop) - ROUNDING_SECONDS or (not count and (hold_last or wanted <= until))
+    ):
         yield shown
         count += 1
         wanted = begin + count * step

@@ -23,6 +23,7 @@ import torch
 
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import SAV
 from calm_pl.clip import Clip
@@ -34,7 +35,7 @@ from calm_pl.data.stream import ClipBatches
 from calm_pl.headstore import HeadStore, HeadStoreError
 from calm_pl.methods.calm import Calm
 from calm_pl.training import extraction
-from calm_pl.training.batch_size import fitting_batch_size
+from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
 from calm_pl.training.extraction import (
     ClipDataModule,
     HeadExtraction,
@@ -47,6 +48,7 @@ from calm_pl.training.module import CalmModule
 from calm_pl.training.run_folder import RunFolder
 from calm_pl.training.trainer import CalmTrainer
 from tests.conftest import tone
+from tests.families import FAMILIES
 
 # Forks of a process that has imported everything and started nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -385,6 +387,23 @@ def test_pieces_of_long_clips_are_halved_too(small_gpu, tiny_lalm, tmp_path):
         extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=4)
     expected_NKD = FrozenLALM.from_pretrained(tiny_lalm, long_clips="split").head_outputs(clips)
     torch.testing.assert_close(store.read(store.clip_keys(clips)), expected_NKD, atol=1e-5, rtol=1e-5)
+
+
+def test_clips_of_several_windows_are_halved_too(tmp_path):
+    FAMILIES["audio-flamingo-3"].write(tmp_path / "model")
+    lalm = FrozenLALM.from_pretrained(tmp_path / "model", heads="both")
+    clips = [Clip(str(tone(tmp_path / f"{index}.wav", 300 * (index + 1), 1.0 + 2 * index))) for index in range(3)]
+
+    def run(inputs: LALMInputs) -> torch.Tensor:
+        if len(inputs.last_token_B) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return lalm.forward(inputs)
+
+    sizes: list[int] = []
+    inputs = lalm.processor(clips, [lalm.processor.load(clip) for clip in clips])
+    heads_NKD = run_in_halves(run, inputs, sizes.append)
+    assert sizes == [3, 2] and inputs.windows_B.tolist() == [1, 2, 3]
+    torch.testing.assert_close(heads_NKD, lalm.head_outputs(clips), atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_fit_alone_is_an_error(small_gpu, tones, tiny_lalm, tmp_path):

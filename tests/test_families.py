@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,6 +113,44 @@ def test_a_cut_window_and_an_early_exit_change_nothing(built, clips):
         assert inputs.max_frames < 100  # 0.3 s of 2 s
 
 
+@pytest.fixture
+def long_clips(built, tmp_path) -> list[Clip]:
+    """Two clips of two and a half windows that differ behind the second, and a short one."""
+    window, random = round(built.family.window * RATE), np.random.default_rng(0)
+    wave_S = random.normal(0, 0.2, 5 * window // 2)
+    other_S = np.concatenate([wave_S[: 2 * window], 0.01 * wave_S[: window // 2]])
+    clips = []
+    for name, x_S in (("long", wave_S), ("other", other_S), ("short", wave_S[: RATE // 2])):
+        soundfile.write(tmp_path / f"{name}.wav", x_S, RATE)
+        clips.append(Clip(str(tmp_path / f"{name}.wav"), question="Why? " if name == "short" else "What?"))
+    return clips
+
+
+def test_long_clips_are_heard_whole_or_reported_as_cut(built, long_clips):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        alone = built.lalm.head_outputs(long_clips, batch_size=1)
+        torch.testing.assert_close(built.lalm.head_outputs(long_clips, batch_size=3), alone, **CLOSE)
+        if built.lalm.processor.cut_window:
+            full = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, cut_window=False)
+            torch.testing.assert_close(full.head_outputs(long_clips, batch_size=3), alone, **CLOSE)
+    reported = f"2 of 3 clips are longer than the model's window of {built.family.window:g} s"
+    assert any(reported in str(warning.message) for warning in told) == built.family.cuts
+    assert ((alone[0] - alone[1]).abs().max() > 0.001) == (not built.family.cuts)
+
+
+def test_very_short_clips_are_heard(built, clips, tmp_path):
+    wave_S, rate = soundfile.read(clips[2].audio)
+    short = []
+    for milliseconds in (10, 10, 20, 30):
+        file = tmp_path / f"{len(short)}.wav"
+        soundfile.write(file, wave_S[len(short) :][: milliseconds * rate // 1000], rate)
+        short.append(Clip(str(file)))
+    alone = built.lalm.head_outputs(short, batch_size=1)
+    assert torch.isfinite(alone).all()
+    torch.testing.assert_close(built.lalm.head_outputs(short, batch_size=4), alone, **CLOSE)
+
+
 def test_bfloat16_is_close(built, clips):
     half = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, dtype="bfloat16")
     cosine_NK = torch.cosine_similarity(half.head_outputs(clips), built.lalm.head_outputs(clips), dim=-1)
@@ -189,6 +229,51 @@ def test_pictures_are_seen_where_the_family_sees(built, films, clips, modality):
     (dubbed_KD,) = lalm.head_outputs([replace(films[0], audio=clips[3].audio, end=0.8, video=films[0].audio)])
     assert ((dubbed_KD - heads_NKD[0]).abs().max() > 0.01) == (modality == "audiovisual")  # another sound
     likelihoods_equal_a_whole_forward(lalm, films[1:])
+
+
+# Long clips
+
+
+@pytest.mark.parametrize("name", ["audio-flamingo-3", "glm-asr", "moss-transcribe"])
+def test_encoder_heads_of_windows_are_averaged_over_the_clip(name, tmp_path):
+    """A clip of three windows gives what its windows give alone, each by its share."""
+    FAMILIES[name].write(tmp_path)
+    lalm = FrozenLALM.from_pretrained(tmp_path, heads="encoder")
+    file = tmp_path / "long.wav"
+    soundfile.write(file, np.random.default_rng(0).normal(0, 0.2, 5 * RATE), RATE)
+    windows = [Clip(str(file), start=start, end=start + 2) for start in (0.0, 2.0)] + [Clip(str(file), start=4.0)]
+    whole, first, second, third = lalm.head_outputs([Clip(str(file)), *windows])
+    torch.testing.assert_close(whole, (2 * first + 2 * second + third) / 5, **CLOSE)
+
+
+def test_encoder_heads_of_an_unfolded_clip_leave_its_padding_out(tmp_path):
+    if find_spec("torchvision") is None:
+        pytest.skip("Phi-4 needs torchvision")
+    FAMILIES["phi-4-multimodal"].write(tmp_path)
+    lalm = FrozenLALM.from_pretrained(tmp_path, heads="encoder")
+    file = tmp_path / "long.wav"
+    soundfile.write(file, np.random.default_rng(0).normal(0, 0.2, 45 * RATE), RATE)
+    seen = []
+    handle = lalm.sites[0].projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    (heads_KD,) = lalm.head_outputs([Clip(str(file))])
+    handle.remove()
+    (x_RTE,) = seen
+    frames = -(-((45 * RATE - 400) // 160 + 1) // 8)  # of 25 ms every 10 ms, of which eight are one position
+    assert x_RTE.shape[:2] == (2, 500) and frames < 1000
+    torch.testing.assert_close(heads_KD[:2], x_RTE.reshape(1000, 2, -1)[:frames].mean(0), **CLOSE)
+
+
+def test_a_clip_beyond_the_processors_last_whole_window_is_cut_there(tmp_path):
+    FAMILIES["glm-asr"].write(tmp_path)
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps(config | {"max_audio_len": 5}))
+    processor = FrozenLALM.from_pretrained(tmp_path).processor
+    soundfile.write(tmp_path / "long.wav", np.zeros(5 * RATE), RATE)
+    clip = Clip(str(tmp_path / "long.wav"))
+    with pytest.warns(UserWarning, match="window of 4 s"):
+        assert processor.warn_of_cut_clips([clip]) == 1
+    (medium,) = processor.load(clip)
+    assert len(medium.waveform_S) == 4 * RATE
 
 
 # What cannot be served says so

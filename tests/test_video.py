@@ -293,6 +293,23 @@ def test_long_films_are_split_by_time_and_averaged(omni, tmp_path, modality):
     torch.testing.assert_close(heads_NKD[1:], whole.head_outputs([short]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("extension", ["mp4", "webm", "avi"])
+def test_pieces_beyond_the_pictures_show_the_last_of_them(omni, tmp_path, extension):
+    film = str(write_film(tmp_path / f"short.{extension}", grey(1.0), None))
+    soundfile.write(tmp_path / "long.wav", tone(5.3), RATE)
+    clip = Clip(str(tmp_path / "long.wav"), video=film)
+    processor = Backbone(str(omni), modality="audiovisual", long_clips="split").clip_processor()
+    pieces = processor.load(clip)
+    whole_F3HW = load_frames(film, 10.0)
+    for waveform_S, _ in pieces:
+        assert len(waveform_S) == pytest.approx(5.3 / 3 * RATE, abs=2)
+    for _, frames_F3HW in pieces[1:]:
+        assert torch.equal(frames_F3HW, whole_F3HW[-1:])
+    if extension == "mp4":
+        lalm = FrozenLALM.from_pretrained(omni, modality="audiovisual", long_clips="split")
+        assert torch.isfinite(lalm.head_outputs([clip])).all()
+
+
 def test_long_silent_films_are_counted_where_they_are_cut(omni, tmp_path):
     films = [Clip(str(write_film(tmp_path / f"{s}.mp4", grey(s), None))) for s in (3.0, 1.0)]
     processor = Backbone(str(omni), modality="video").clip_processor()

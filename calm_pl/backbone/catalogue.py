@@ -46,9 +46,11 @@ CATALOGUE = {
     "qwen2-audio": Known("Qwen/Qwen2-Audio-7B-Instruct", 32, 32, 128, 8.4),
     "qwen2.5-omni-7b": Known("Qwen/Qwen2.5-Omni-7B", 28, 28, 128, 8.9, max_seconds=300),
     "qwen2.5-omni-3b": Known("Qwen/Qwen2.5-Omni-3B", 36, 16, 128, 4.7, max_seconds=300),
-    "qwen3-omni-30b": Known("Qwen/Qwen3-Omni-30B-A3B-Instruct", 48, 32, 128, 31.7, linear=0.08),
-    "audio-flamingo-3": Known("nvidia/audio-flamingo-3-hf", 28, 28, 128, 8.3),
-    "voxtral-mini": Known("mistralai/Voxtral-Mini-3B-2507", 30, 32, 128, 4.676, linear=0.826, exact=True),
+    "qwen3-omni-30b": Known("Qwen/Qwen3-Omni-30B-A3B-Instruct", 48, 32, 128, 31.7, max_seconds=None, linear=0.08),
+    "audio-flamingo-3": Known("nvidia/audio-flamingo-3-hf", 28, 28, 128, 8.3, max_seconds=600),
+    "voxtral-mini": Known(
+        "mistralai/Voxtral-Mini-3B-2507", 30, 32, 128, 4.676, max_seconds=None, linear=0.826, exact=True
+    ),
     "gemma-3n": Known("google/gemma-3n-E2B-it", 30, 8, 256, 5.4, linear=0.4),
     "granite-speech": Known("ibm-granite/granite-speech-3.3-2b", 40, 32, 64, 3.0, max_seconds=None),
     "phi-4-multimodal": Known("microsoft/Phi-4-multimodal-instruct", 32, 24, 128, 5.6, max_seconds=None, linear=0.8),

@@ -56,8 +56,10 @@ class Content:
         if self.sees and not self.frame_token:
             raise BackboneError(f"{type(processor).__name__} takes no pictures: set modality to audio.")
 
-    def load(self, clip: Clip, sampling_rate: int, max_seconds: float | None) -> Media:
+    def load(self, clip: Clip, sampling_rate: int, max_seconds: float | None, hold_last: bool = False) -> Media:
         """Decode what the modality needs. A clip without a video of its own shows that of its audio file.
+
+        With ``hold_last``, a later piece of a clip whose sound outlasts its pictures shows the last of them.
 
         Raises:
             AudioError: it cannot be heard, or (``VideoError``) cannot be seen.
@@ -68,7 +70,9 @@ class Content:
         if self.sees:
             from calm_pl.video import load_frames
 
-            frames_F3HW = load_frames(clip.video or clip.audio, self.frame_rate, clip.start, clip.end, max_seconds)
+            frames_F3HW = load_frames(
+                clip.video or clip.audio, self.frame_rate, clip.start, clip.end, max_seconds, hold_last
+            )
         return Media(waveform_S, frames_F3HW)
 
     def seconds(self, clip: Clip) -> float:

@@ -1,6 +1,7 @@
 """Taking head outputs out of a running model without changing it.
 
-Shapes: B clips, T tokens or frames, H heads of one block, K heads in all, D head dimension.
+Shapes: B clips, R rows of an encoder (clips, or windows of clips), T tokens or frames, H heads of one block, K heads in
+all, D head dimension.
 """
 
 from __future__ import annotations
@@ -87,22 +88,41 @@ def capture_heads(capture: HeadCapture) -> Iterator[HeadCapture]:
             handle.remove()
 
 
-def _mean_of_valid_frames(x_BTE: Tensor, inputs: LALMInputs) -> Tensor:
-    if inputs.frames_B is None or inputs.max_frames is None:
-        return x_BTE.float().mean(1)
-    T = x_BTE.shape[1]
-    # The encoder's convolutions shorten max_frames to T; a clip's share shrinks alike, rounded up.
-    frames_B, max_frames = inputs.frames_B.to(x_BTE.device), inputs.max_frames
-    valid_B = (frames_B * T + max_frames - 1) // max_frames
-    mask_BT = torch.arange(T, device=x_BTE.device) < valid_B.clamp(1, T)[:, None]
-    return (x_BTE.float() * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
+def _mean_of_valid_frames(x_RTE: Tensor, inputs: LALMInputs) -> Tensor:
+    clip_R = inputs.clip_R.to(x_RTE.device)
+    if len(x_RTE) != len(clip_R):
+        return _mean_of_unfolded_frames(x_RTE, inputs)
+    R, T, E = x_RTE.shape
+    valid_R = torch.full((R,), T, device=x_RTE.device)
+    if inputs.frames_R is not None and inputs.max_frames is not None:
+        # The encoder's convolutions shorten max_frames to T; a row's share shrinks alike, rounded up.
+        frames_R, max_frames = inputs.frames_R.to(x_RTE.device), inputs.max_frames
+        valid_R = ((frames_R * T + max_frames - 1) // max_frames).clamp(1, T)
+    mask_RT = torch.arange(T, device=x_RTE.device) < valid_R[:, None]
+    sums_RE = (x_RTE.float() * mask_RT[..., None]).sum(1)
+    B = len(inputs.last_token_B)
+    valid_B = valid_R.new_zeros(B).index_add(0, clip_R, valid_R)
+    return sums_RE.new_zeros(B, E).index_add(0, clip_R, sums_RE) / valid_B[:, None]
+
+
+def _mean_of_unfolded_frames(x_RTE: Tensor, inputs: LALMInputs) -> Tensor:
+    """Phi-4's encoder lays a clip beyond its window down in rows, the last of them padded; such a clip runs alone."""
+    assert inputs.audio_BT is not None
+    length_B = inputs.audio_BT.sum(1).tolist()  # one position per audio token
+    R, T, _ = x_RTE.shape
+    if len(length_B) > 1 or -(-length_B[0] // T) != R:
+        raise BackboneError(
+            f"the audio encoder has {R} rows of {T} positions, which do not fit the {length_B} audio tokens of the "
+            "clips: use heads=decoder."
+        )
+    return x_RTE.flatten(0, 1)[: length_B[0]].float().mean(0, keepdim=True)
 
 
 def _mean_of_packed_frames(x_TE: Tensor, inputs: LALMInputs) -> Tensor:
     """Omni's encoders lay the clips of a batch behind one another, without padding."""
-    assert inputs.audio_BT is not None and inputs.frames_B is not None
+    assert inputs.audio_BT is not None and inputs.frames_R is not None
     # An encoder layer has one position per audio token, or one per two mel frames before a last pooling.
-    lengths = (inputs.audio_BT.sum(1).tolist(), ((inputs.frames_B + 1) // 2).tolist())
+    lengths = (inputs.audio_BT.sum(1).tolist(), ((inputs.frames_R + 1) // 2).tolist())
     length_B = next((length_B for length_B in lengths if sum(length_B) == len(x_TE)), None)
     if length_B is None:
         raise BackboneError(

@@ -1,6 +1,6 @@
 """Clips and sound in, the model's own inputs out. Holds no weights and can be sent to worker processes.
 
-Shapes: B clips, T tokens, S samples.
+Shapes: B clips, R rows of features, T tokens, S samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone import mistral
 from calm_pl.backbone.content import Content, Media, Modality
 from calm_pl.backbone.errors import BackboneError
-from calm_pl.backbone.window import can_be_cut, mixes_from, shorter_features
+from calm_pl.backbone.window import alone_from, can_be_cut, mixes_from, shorter_features
 from calm_pl.clip import DEFAULT_QUESTION, Clip
 
 DEFAULT_PROMPT = "{question} Answer with the class name."
@@ -33,6 +33,8 @@ PaddingSide = Literal["left", "right"]
 LongClips = Literal["cut", "split"]
 # Below this length a processor may give a clip no audio token at all, which transformers does not notice.
 SURELY_LONG_ENOUGH_SECONDS = 0.5
+# Shorter clips get silence behind them first: some processors raise an error of their own at less.
+SHORTEST_SECONDS = 0.05
 # A clip that is longer than the window by less than this loses nothing worth a warning.
 UNHEARD_SECONDS = 0.1
 EXTRACTORS = ("feature_extractor", "audio_processor")
@@ -49,7 +51,8 @@ class LALMInputs:
     Attributes:
         model_inputs: the model's own arguments; empty where the batch is in ``parts``.
         last_token_B: index of each clip's last prompt token.
-        frames_B: mel frames of each clip that carry sound, of ``max_frames``.
+        frames_R: mel frames that carry sound in each row of features, of ``max_frames``.
+        windows_B: rows of features of each clip, of which a processor makes several where one window does not hold it.
         audio_token_id: the token that stands for sound; None in an encoder-decoder model and where nothing is heard.
         parts: batches to be run one after another instead of this one. Row i of them is, or is a piece of, this
             batch's clip ``order[i]``.
@@ -57,7 +60,8 @@ class LALMInputs:
 
     model_inputs: dict[str, Tensor]
     last_token_B: Tensor
-    frames_B: Tensor | None = None
+    frames_R: Tensor | None = None
+    windows_B: Tensor | None = None
     max_frames: int | None = None
     audio_token_id: int | None = None
     parts: tuple[LALMInputs, ...] = ()
@@ -67,6 +71,12 @@ class LALMInputs:
     def audio_BT(self) -> Tensor | None:
         """Which tokens stand for sound; None where none do."""
         return None if self.audio_token_id is None else self.model_inputs["input_ids"] == self.audio_token_id
+
+    @property
+    def clip_R(self) -> Tensor:
+        """The clip that each row of features is of."""
+        clip_B = torch.arange(len(self.last_token_B))
+        return clip_B if self.windows_B is None else clip_B.repeat_interleave(self.windows_B)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> LALMInputs:
         """Move to ``device``; floating-point inputs are cast to the model's ``dtype``."""
@@ -139,10 +149,10 @@ class ClipProcessor:
         self.extractor = extractor
         self.cut_window = cut_window and can_be_cut(config)
         self.sampling_rate: int = extractor.sampling_rate
-        self.max_seconds = _longest_clip(extractor)
+        self.max_seconds = _longest_clip(self.processor, extractor)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = padding_side
-        self.mixes_from = mixes_from(config, extractor)
+        self.mixes_from, self.alone_from = mixes_from(config, extractor), alone_from(config, extractor)
         self.content = Content(self.processor, modality, frame_rate)
         self.audio_token = self.content.audio_token
         self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(self.audio_token)
@@ -157,7 +167,10 @@ class ClipProcessor:
 
     def load(self, clip: Clip) -> list[Media]:
         """Decode one clip, no further than the window; where long ones are split, its pieces. Raises AudioError."""
-        return [self.content.load(piece, self.sampling_rate, self.max_seconds) for piece in self._pieces(clip)]
+        return [
+            self.content.load(piece, self.sampling_rate, self.max_seconds, hold_last=number > 0)
+            for number, piece in enumerate(self._pieces(clip))
+        ]
 
     def _pieces(self, clip: Clip) -> list[Clip]:
         """The clip, or, where long ones are split, the even stretches of time of which none exceeds the window."""
@@ -230,36 +243,45 @@ class ClipProcessor:
         """One batch of clips or pieces."""
         if self.start_tokens is not None:
             return self._start_token_inputs([x_S for x_S, _ in media])
-        if len({min(len(x_S), self.mixes_from) for x_S, _ in media}) > 1:
-            return self._by_length(clips, media)
+        if len(groups := self._groups(media)) > 1:
+            return self._apart(clips, media, groups)
         if self.mistral:
             questions = [self.question(clip) for clip in clips]
-            return self._inputs(mistral.inputs(self.processor, questions, [x_S for x_S, _ in media]))
+            return self._inputs(mistral.inputs(self.processor, questions, [x_S for x_S, _ in media]), media)
         texts = [
             self.text(clip, 0 if frames_F3HW is None else len(frames_F3HW))
             for clip, (_, frames_F3HW) in zip(clips, media, strict=True)
         ]
         long_enough = [self._long_enough(medium, text) for medium, text in zip(media, texts, strict=True)]
-        return self._inputs(self._process(texts, long_enough))
+        return self._inputs(self._process(texts, long_enough), long_enough)
 
-    def _by_length(self, clips: Sequence[Clip], media: Sequence[Media]) -> LALMInputs:
-        """One part for each length, so that no clip hears the padding of another."""
-        rows: dict[float, list[int]] = defaultdict(list)
+    def _groups(self, media: Sequence[Media]) -> list[list[int]]:
+        """Rows that may share a batch: where padding would be heard, those of one length; none where it would fail."""
+        groups: dict[tuple[float, int | None], list[int]] = defaultdict(list)
         for row, (x_S, _) in enumerate(media):
-            rows[min(len(x_S), self.mixes_from)].append(row)
-        parts = tuple(self._batch([clips[i] for i in part], [media[i] for i in part]) for part in rows.values())
-        order = tuple(i for part in rows.values() for i in part)
+            groups[min(len(x_S), self.mixes_from), row if len(x_S) > self.alone_from else None].append(row)
+        return list(groups.values())
+
+    def _apart(self, clips: Sequence[Clip], media: Sequence[Media], groups: Sequence[Sequence[int]]) -> LALMInputs:
+        """One part for each group of rows."""
+        parts = tuple(self._batch([clips[i] for i in group], [media[i] for i in group]) for group in groups)
+        order = tuple(i for group in groups for i in group)
         return LALMInputs({}, torch.zeros(len(clips), dtype=torch.long), parts=parts, order=order)
 
-    def _inputs(self, inputs: Mapping[str, Tensor]) -> LALMInputs:
+    def _inputs(self, inputs: Mapping[str, Tensor], media: Sequence[Media]) -> LALMInputs:
         mask_BT = inputs["attention_mask"]
         positions_T = torch.arange(mask_BT.shape[1])
-        frames_BT = next((inputs[name] for name in FRAME_MASKS if name in inputs), None)
+        frames_RT = next((inputs[name] for name in FRAME_MASKS if name in inputs), None)
+        windows_B = None
+        if len(inputs.get("input_features", media)) > len(media):
+            window = getattr(self.extractor, "n_samples", math.inf)
+            windows_B = torch.tensor([int(-(-len(x_S) // window)) for x_S, _ in media])
         return LALMInputs(
             model_inputs={**inputs, **self.content.model_inputs()},
             last_token_B=(mask_BT * positions_T).argmax(1),
-            frames_B=None if frames_BT is None else frames_BT.sum(1),
-            max_frames=None if frames_BT is None else frames_BT.shape[1],
+            frames_R=None if frames_RT is None else frames_RT.sum(1),
+            windows_B=windows_B,
+            max_frames=None if frames_RT is None else frames_RT.shape[1],
             audio_token_id=self.audio_token_id if self.content.hears else None,
         )
 
@@ -280,6 +302,8 @@ class ClipProcessor:
         """Pad with silence, doubling, until the processor gives the clip an audio token."""
         if not self.content.hears or len(medium.waveform_S) >= SURELY_LONG_ENOUGH_SECONDS * self.sampling_rate:
             return medium
+        missing = max(0, round(SHORTEST_SECONDS * self.sampling_rate) - len(medium.waveform_S))
+        medium = medium._replace(waveform_S=F.pad(medium.waveform_S, (0, missing)))
         while not (self._process([text], [medium])["input_ids"] == self.audio_token_id).any():
             medium = medium._replace(waveform_S=F.pad(medium.waveform_S, (0, len(medium.waveform_S))))
         return medium
@@ -295,16 +319,26 @@ class ClipProcessor:
         return LALMInputs(
             model_inputs={"input_features": features["input_features"], "decoder_input_ids": tokens_BT},
             last_token_B=torch.full((len(waveforms),), tokens_BT.shape[1] - 1),
-            frames_B=features["attention_mask"].sum(1),
+            frames_R=features["attention_mask"].sum(1),
             max_frames=features["attention_mask"].shape[1],
         )
 
 
-def _longest_clip(extractor: Any) -> float | None:
-    """Seconds that an extractor takes in; None where it takes any length."""
-    samples = getattr(extractor, "n_samples", None)
-    if samples is None:
-        # Gemma's extractors cut at this length and do not say so elsewhere.
-        longest = inspect.signature(extractor.__call__).parameters.get("max_length")
-        samples = longest.default if longest is not None else None
+def _longest_clip(processor: Any, extractor: Any) -> float | None:
+    """Seconds that a processor takes in; None where it takes any length, in one piece or in windows that it makes."""
+    if hasattr(processor, "max_audio_len"):  # cut to whole windows
+        return float(processor.max_audio_len // extractor.chunk_length * extractor.chunk_length)
+    parameters = inspect.signature(extractor.__call__).parameters
+    if not _truncates(processor, parameters) or "max_length" not in parameters:
+        return None
+    # Gemma's extractors cut at this length and do not say so elsewhere.
+    samples = parameters["max_length"].default or getattr(extractor, "n_samples", None)
     return samples / extractor.sampling_rate if samples else None
+
+
+def _truncates(processor: Any, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether the extractor cuts clips, by what the processor asks of it, or its own default."""
+    # A processor keeps it in one of two places, by the version of transformers.
+    defaults = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
+    asked = {**getattr(processor, "audio_kwargs", {}), **defaults.get("audio_kwargs", {})}
+    return bool(asked.get("truncation", "truncation" in parameters and parameters["truncation"].default))

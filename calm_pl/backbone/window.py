@@ -25,6 +25,8 @@ MASKING_ENCODERS = (
     "qwen3_omni_moe_audio_encoder",
 )
 PIECEWISE_ENCODERS = ("qwen3_omni_moe_audio_encoder", "qwen3_asr_encoder")
+# Written into transformers' code, not in the config.
+PHI4_POSITIONS = 500
 # Mel frames kept behind the longest clip: the STFT window and the two convolutions look this far ahead.
 MARGIN_FRAMES = 8
 # Convolutions and pooling shorten four mel frames to one audio token.
@@ -51,6 +53,14 @@ def mixes_from(config: PreTrainedConfig, extractor: Any) -> float:
         # They pad a clip's pieces of 2 * n_window frames to the longest piece of the batch, and convolve over that.
         return float(2 * audio.n_window * extractor.hop_length)
     return 0
+
+
+def alone_from(config: PreTrainedConfig, extractor: Any) -> float:
+    """Samples beyond which a clip is run alone: Phi-4's encoder unfolds such clips, and fails with two in a batch."""
+    audio: Any = getattr(config, "audio_config", None)
+    if getattr(audio, "model_type", None) != "phi4_multimodal_audio":
+        return math.inf
+    return float(PHI4_POSITIONS * audio.time_reduction * extractor.hop_length)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _halves(inputs: LALMInputs) -> list[LALMInputs] | None:
-    """The inputs as two batches, padded as they are; None for one clip, or where a tensor has no row a clip.
+    """The inputs as two batches, padded as they are; None for one clip, or where a tensor has no row a clip or window.
 
     Of a batch in parts each part is halved, and it stays one batch: what it makes of its clips' pieces is its own.
     """
@@ -60,17 +60,20 @@ def _halves(inputs: LALMInputs) -> list[LALMInputs] | None:
         return [replace(inputs, parts=parts)] if len(parts) > len(inputs.parts) else None
     size = len(inputs.last_token_B)
     tensors = inputs.model_inputs.values()
-    if size < 2 or not tensors or any(len(x) != size for x in tensors):
+    if size < 2 or not tensors or any(len(x) not in (size, len(inputs.clip_R)) for x in tensors):
         return None
     return [_rows(inputs, slice(None, size // 2)), _rows(inputs, slice(size // 2, None))]
 
 
 def _rows(inputs: LALMInputs, rows: slice) -> LALMInputs:
+    size = len(inputs.last_token_B)
+    kept_R = torch.isin(inputs.clip_R, torch.arange(size)[rows])
     return replace(
         inputs,
-        model_inputs={name: x[rows] for name, x in inputs.model_inputs.items()},
+        model_inputs={name: x[rows if len(x) == size else kept_R] for name, x in inputs.model_inputs.items()},
         last_token_B=inputs.last_token_B[rows],
-        frames_B=None if inputs.frames_B is None else inputs.frames_B[rows],
+        frames_R=None if inputs.frames_R is None else inputs.frames_R[kept_R],
+        windows_B=None if inputs.windows_B is None else inputs.windows_B[rows],
     )
 
 

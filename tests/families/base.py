@@ -41,6 +41,8 @@ class Family:
         asks: a piece of the rendered prompt that only the family's own template writes.
         needs: packages that its processor or model cannot do without.
         sees: whether it takes pictures too.
+        window: seconds that its encoder, or its processor, takes in one piece; a few where there is no such length.
+        cuts: whether nothing beyond the window is heard.
     """
 
     write: Callable[[Path], None]
@@ -50,6 +52,8 @@ class Family:
     asks: str = "<|im_start|>assistant\n"
     needs: tuple[str, ...] = ()
     sees: bool = False
+    window: float = 2.0
+    cuts: bool = False
 
     @property
     def heads(self) -> str:

@@ -97,7 +97,7 @@ def qwen3_asr(folder: Path) -> None:
         text_config={"model_type": "qwen3", "vocab_size": len(tokenizer), "head_dim": 16, **QWEN2},
         audio_token_id=tokenizer.audio_token_id, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    processor = tf.Qwen3ASRProcessor(tf.Qwen3ASRFeatureExtractor(feature_size=32), tokenizer)
+    processor = tf.Qwen3ASRProcessor(tf.Qwen3ASRFeatureExtractor(feature_size=32, chunk_length=2), tokenizer)
     template = CHATML.replace("AUDIO", "<|audio_start|><|audio_pad|><|audio_end|>")
     save(folder, tf.Qwen3ASRForConditionalGeneration, config, processor, template)
 

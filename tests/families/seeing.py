@@ -162,12 +162,9 @@ def gemma3n(folder: Path) -> None:
                       "conf_num_attention_heads": 2, "conf_num_hidden_layers": 2, "sscp_conv_channel_size": [8, 4]},
         vision_config={"vocab_size": 128, "vocab_offset": len(tokenizer), "hidden_size": 2048,
                        "model_args": {"channel_multiplier": 0.05}},
-        audio_soft_tokens_per_image=50,
         **gemma_tokens(tokenizer),
     )  # fmt: skip
-    processor = tf.Gemma3nProcessor(
-        tf.Gemma3nAudioFeatureExtractor(), tf.SiglipImageProcessor(), tokenizer, audio_seq_length=50
-    )
+    processor = tf.Gemma3nProcessor(tf.Gemma3nAudioFeatureExtractor(), tf.SiglipImageProcessor(), tokenizer)
     save(folder, tf.Gemma3nForConditionalGeneration, config, processor, GEMMA_TEMPLATE)
 
 
