@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jinja2
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -134,6 +135,7 @@ class ClipProcessor:
                 f"{checkpoint} takes no audio: its processor {type(self.processor).__name__} has no feature "
                 "extractor. Choose an audio-language model."
             )
+        self.checkpoint = checkpoint
         self.prompt = prompt
         self.long_clips = long_clips
         self.extractor = extractor
@@ -203,16 +205,21 @@ class ClipProcessor:
         # Templates take a list of parts; older ones (Granite Speech) one text with the audio token written into it.
         parts = [*self.content.parts(num_frames), {"type": "text", "text": question}]
         tokens = self.content.tokens(num_frames)
+        refusals = []
         for content in (parts, "".join(token * count for token, count in tokens.items()) + question):
             turn = {"role": "user", "content": content}
-            rendered: str = self.processor.apply_chat_template(
-                [turn], chat_template=self.template, add_generation_prompt=True, tokenize=False
-            )
+            try:
+                rendered: str = self.processor.apply_chat_template(
+                    [turn], chat_template=self.template, add_generation_prompt=True, tokenize=False
+                )
+            except (TypeError, jinja2.TemplateError) as error:  # written for the other form
+                refusals.append(f" ({error})")
+                continue
             if all(rendered.count(token) == count for token, count in tokens.items()):
                 return rendered
         raise BackboneError(
-            f"the chat template of {type(self.processor).__name__} writes no {' or no '.join(map(repr, tokens))} for "
-            "what is heard or seen: replace the checkpoint's chat_template.jinja."
+            f"the chat template of {self.checkpoint} writes no {' or no '.join(map(repr, tokens))} for what is heard "
+            f"or seen{''.join(dict.fromkeys(refusals))}: replace its chat_template.jinja."
         )
 
     def __call__(self, clips: Sequence[Clip], media: Sequence[Sequence[Media]]) -> LALMInputs:
