@@ -56,9 +56,10 @@ def test_pooling_is_the_mean_over_its_tokens(tiny_lalm, lalm, clips, pooling, pa
 
 
 @pytest.mark.parametrize("pooling", ["first", "last:0", "last:"])
-def test_unknown_pooling_names_the_known(tiny_lalm, pooling):
-    with pytest.raises(BackboneError, match=r"choose last, last:N .* or audio"):
-        FrozenLALM.from_pretrained(tiny_lalm, pooling=pooling)
+def test_unknown_pooling_names_the_known_before_anything_is_loaded(pooling):
+    for load in (Backbone, FrozenLALM.from_pretrained):
+        with pytest.raises(BackboneError, match=r"choose last, last:N .* or audio"):
+            load("nowhere", pooling=pooling)
 
 
 def test_long_clips_are_cut_and_counted(lalm, clips, tmp_path):
