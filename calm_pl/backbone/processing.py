@@ -170,24 +170,32 @@ class ClipProcessor:
         times = [clip.start, *(begin + seconds * i / count for i in range(1, count)), clip.end]
         return [replace(clip, start=start, end=end) for start, end in pairwise(times)]
 
-    def warn_of_cut_clips(self, clips: Sequence[Clip]) -> int:
-        """Warn of clips longer than the model's window where they are cut; return how many there are."""
+    def is_cut(self, clip: Clip) -> bool:
+        """Whether a clip is longer than the model's window and is cut there: by its header, nothing is decoded."""
         if self.max_seconds is None or self.long_clips == "split":
-            return 0
-        count = sum(self._loses(clip, self.max_seconds + UNHEARD_SECONDS) for clip in clips)
-        if count:
-            warnings.warn(
-                f"{count} of {len(clips)} clips are longer than the model's window of {self.max_seconds:g} s: what "
-                "comes later is left out. long_clips=split averages over all of it.",
-                stacklevel=2,
-            )
-        return count
-
-    def _loses(self, clip: Clip, window: float) -> bool:
+            return False
+        window = self.max_seconds + UNHEARD_SECONDS
+        if clip.end is not None and clip.end - (clip.start or 0.0) <= window:
+            return False  # without opening the file
         try:
             return self.content.seconds(clip) > window
         except AudioError:  # told when it is decoded
             return False
+
+    def warn_of_cut_clips(self, clips: Sequence[Clip]) -> list[int]:
+        """Warn of clips that are cut; return their positions."""
+        cut = [position for position, clip in enumerate(clips) if self.is_cut(clip)]
+        self.warn_of_cut(len(cut), len(clips))
+        return cut
+
+    def warn_of_cut(self, count: int, total: int) -> None:
+        """Warn where so many clips of ``total`` are cut."""
+        if count:
+            warnings.warn(
+                f"{count} of {total} clips are longer than the model's window of {self.max_seconds:g} s: what "
+                "comes later is left out. long_clips=split averages over all of it.",
+                stacklevel=2,
+            )
 
     def question(self, clip: Clip) -> str:
         """The text after the audio."""
