@@ -9,7 +9,13 @@ import torch
 from transformers import GraniteSpeechConfig
 
 from calm_pl.backbone import config, placement
-from calm_pl.backbone.answers import generate_answers, leading_letter, letter_log_likelihoods, named_labels
+from calm_pl.backbone.answers import (
+    generate_answers,
+    label_log_likelihoods,
+    leading_letter,
+    letter_log_likelihoods,
+    named_labels,
+)
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
@@ -50,9 +56,10 @@ def test_pooling_is_the_mean_over_its_tokens(tiny_lalm, lalm, clips, pooling, pa
 
 
 @pytest.mark.parametrize("pooling", ["first", "last:0", "last:"])
-def test_unknown_pooling_names_the_known(tiny_lalm, pooling):
-    with pytest.raises(BackboneError, match=r"choose last, last:N .* or audio"):
-        FrozenLALM.from_pretrained(tiny_lalm, pooling=pooling)
+def test_unknown_pooling_names_the_known_before_anything_is_loaded(pooling):
+    for load in (Backbone, FrozenLALM.from_pretrained):
+        with pytest.raises(BackboneError, match=r"choose last, last:N .* or audio"):
+            load("nowhere", pooling=pooling)
 
 
 def test_long_clips_are_cut_and_counted(lalm, clips, tmp_path):
@@ -149,6 +156,14 @@ def test_generation_is_greedy_and_the_same_in_a_batch(tiny_lalm, lalm, clips):
     right = FrozenLALM.from_pretrained(tiny_lalm, padding_side="right")
     with pytest.raises(BackboneError, match="padding_side=left"):
         generate_answers(right, right.processor(clips, waveforms))
+    with pytest.raises(BackboneError, match="padding_side=left"):  # between a prompt and a label lies padding
+        label_log_likelihoods(right, right.processor(clips, waveforms), ["dog", "rain"])
+
+
+def test_a_label_without_text_is_named(lalm, clips):
+    inputs = lalm.processor(clips[:1], [lalm.processor.load(clips[0])])
+    with pytest.raises(ValueError, match="the label '' has no text"):
+        label_log_likelihoods(lalm, inputs, ["dog", ""])
 
 
 @pytest.mark.parametrize(

@@ -289,8 +289,15 @@ def test_a_checkpoint_without_a_chat_template_cannot_be_asked(tmp_path):
 def test_a_template_without_a_place_for_audio_is_named(tiny_lalm, tmp_path, clips):
     folder = Path(shutil.copytree(tiny_lalm, tmp_path / "deaf"))
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: hello{% endfor %}")
-    with pytest.raises(BackboneError, match=r"chat template of Qwen2AudioProcessor writes no '<\|AUDIO\|>'"):
+    with pytest.raises(BackboneError, match=r"chat template of .*/deaf writes no '<\|AUDIO\|>' for what is heard"):
         FrozenLALM.from_pretrained(folder).head_outputs(clips[:1])
+
+
+def test_a_template_that_refuses_every_form_is_named_with_its_reason(tiny_lalm, tmp_path):
+    folder = Path(shutil.copytree(tiny_lalm, tmp_path / "strict"))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('system turn first') }}")
+    with pytest.raises(BackboneError, match=r"chat template of .*/strict writes no .*\(system turn first\)"):
+        inspect_checkpoint(str(folder))
 
 
 def test_a_decoder_without_attention_has_no_heads(tmp_path):

@@ -29,7 +29,8 @@ def esc50(tmp_path_factory) -> Path:
                 source = 1000 * fold + 10 * target + ord(take)
                 name = f"{fold}-{source}-{take}-{target}.wav"
                 lines.append(f"{name},{fold},{target},{category},True,{source},{take}")
-                tone(folder / "audio" / name, frequency, 0.4, source)
+                seconds = 6.0 if fold == 3 and take == "A" else 0.4  # the window is 5 s
+                tone(folder / "audio" / name, frequency, seconds, source)
     (folder / "meta").mkdir()
     (folder / "meta/esc50.csv").write_text("\n".join(lines))
     return folder
@@ -45,7 +46,13 @@ def all_folds(esc50, tiny_lalm, tmp_path_factory) -> tuple[Path, list[str | Path
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        calm(*arguments)
+        with pytest.warns(UserWarning, match="longer than the model's window") as told:
+            calm(*arguments)
+    assert (
+        sum("2 of 20 clips are longer" in str(warning.message) for warning in told)
+        == len([warning for warning in told if "longer than" in str(warning.message)])
+        == 1
+    )
     # Not where one fold alone would lie.
     return place / "runs" / "esc50-tiny-random-2shot-seed0-all-folds", arguments
 
@@ -59,6 +66,7 @@ def test_every_clip_is_tested_once(all_folds, esc50):
     tested = [row["path"] for row in csv.DictReader((folder / "predictions.csv").open())]
     assert sorted(tested) == sorted(map(str, (esc50 / "audio").iterdir()))
     assert of(folder)["splits"] == {"support": 4, "test": 20}
+    assert of(folder)["cut"] == 2 and of(folder / "fold3")["cut"] >= 2
 
 
 def test_figures_are_means_with_intervals_over_folds(all_folds):

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -46,6 +47,7 @@ def results(shots: int | None = 5, seed: int = 0, **accuracies: float) -> dict:
         "methods": {name: figures(accuracy) for name, accuracy in accuracies.items()},
         "timing": {"fit_seconds": 1.0}, "head_sites": SITES,
         "skipped": [{"audio": "/x/broken.wav", "reason": "/x/broken.wav: the file is empty (0 bytes)"}],
+        "cut": 2,
     }  # fmt: skip
 
 
@@ -103,6 +105,7 @@ def test_the_page_is_one_file_that_names_nothing_outside(run_folder):
     assert "default-src 'none'" in page
     assert "<i>dog</i>" not in page and "&lt;i&gt;dog&lt;/i&gt;" in page
     assert "the file is empty (0 bytes)" in page  # the clip that was left out
+    assert "2 clips longer than the model's window" in unescape(page)
     assert "no such file" in page  # the mistake whose sound is gone
     assert f"calm fit --config {run_folder}/config.yaml" in unquote(page)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ import torch
 
 from calm_pl import cli
 from calm_pl.classifier import CalmClassifier
+from calm_pl.data.manifest import read_manifest
+from calm_pl.data.shards import write_shards
+from tests.conftest import tone
 
 METHODS = {"sav", "grw", "calm", "calm_whitened", "linear_probe", "zero_shot"}
 
@@ -62,6 +66,7 @@ def test_results_are_as_designed(run_folder, tones):
     assert results["protocol"] == "open" and results["shots"] == 2 and results["seed"] == 0
     assert (results["num_classes"], results["num_heads"], results["head_dim"]) == (3, 16, 16)
     assert results["splits"] == {"support": 6, "test": 9} and results["skipped"] == []
+    assert results["cut"] == 0
     assert results["methods"].keys() >= METHODS
     for figures in results["methods"].values():
         assert 0 <= figures["accuracy"] <= 1 and figures["nll"] > 0
@@ -164,6 +169,35 @@ def test_unusable_clips_are_named_and_counted(tones, tiny_lalm, tmp_path, capsys
     assert [Path(skipped["audio"]).name for skipped in results["skipped"]] == ["1.wav"]
     assert "1.wav" in results["skipped"][0]["reason"]
     assert "1 clips could not be used" in capsys.readouterr().out
+
+
+def cut_clips(*arguments: str | Path) -> tuple[int, list[str]]:
+    """Of a command that ends in its run folder: `cut` of its results, and what was said of long clips."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        calm(*arguments)
+    said = [str(warning.message) for warning in told if "longer than the model's window of 5 s" in str(warning.message)]
+    return json.loads((Path(arguments[-1]) / "results.json").read_text())["cut"], said
+
+
+def test_clips_that_are_cut_are_counted_in_every_run(tones, tiny_lalm, tmp_path):
+    pytest.importorskip("webdataset")
+    data = Path(shutil.copytree(tones, tmp_path / "data"))
+    for number, name in enumerate(("train/low/0", "test/low/1", "test/high/2")):
+        tone(data / f"{name}.wav", 500, 6 + number)
+    run, every = tmp_path / "run", ("--data.shots", "null", "--data.store", tmp_path / "heads")
+    for _ in "cold", "warm":
+        cut, said = cut_clips("fit", *options(data, tiny_lalm, *every, "--run_dir", run))
+        assert cut == 3 and len(said) == 1 and said[0].startswith("3 of 21 clips")
+    split = ("--data.backbone.long_clips", "split")
+    assert cut_clips("fit", *options(data, tiny_lalm, *split, "--run_dir", tmp_path / "split")) == (0, [])
+    write_shards([clip for clip in read_manifest(data) if clip.split == "test"], tmp_path / "shards", per_shard=4)
+    streamed = (
+        "test", "--ckpt_path", run / "checkpoints/last.ckpt", "--data", "shards", "--data.recipe.init_args.data_dir",
+        tmp_path / "shards", "--data.store", "none", "--data.num_workers", "1", "--run_dir", tmp_path / "stream",
+    )  # fmt: skip
+    cut, said = cut_clips(*streamed)
+    assert cut == 2 and len(said) == 1 and said[0].startswith("2 of 9 clips")
 
 
 # What a newcomer gets wrong

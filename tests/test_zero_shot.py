@@ -17,6 +17,7 @@ from calm_pl.data.options import mcq
 from calm_pl.data.shards import write_shards
 from calm_pl.training.metrics import figures
 from calm_pl.training.zero_shot import ZeroShot
+from tests.conftest import tone
 from tests.test_run import calm
 
 CLASSES = ["dog", "rain", "sea", "wind"]
@@ -76,6 +77,9 @@ def test_no_answer_is_a_wrong_answer_of_no_class():
 def test_letters_need_options_and_other_ways_are_unknown():
     with pytest.raises(ValueError, match=r"a.wav: zero_shot_by=letters needs options .* set protocol to mcq"):
         asked("letters", [clip()])
+    with pytest.raises(ValueError, match=r"a.wav: has 27 options, .* 26 letters: set zero_shot_by to likelihood or"):
+        asked("letters", [clip("dog"), clip(*map(str, range(27)))])
+    assert asked("generation", [clip(*map(str, range(27)))]).num_letters == 27
     with pytest.raises(ValueError, match="choose one of likelihood, letters, generation"):
         asked("telepathy", [clip()])
 
@@ -94,6 +98,21 @@ def test_vectors_are_what_the_model_says(tiny_lalm, tones):
             torch.testing.assert_close(kept_BV, letter_log_likelihoods(lalm, inputs, 2))
         else:
             torch.testing.assert_close(kept_BV, label_log_likelihoods(lalm, inputs, CLASSES))
+
+
+def test_every_piece_of_a_long_clip_answers(tiny_lalm, tmp_path, monkeypatch):
+    backbone = Backbone(tiny_lalm, long_clips="split")  # the window is 5 s
+    clips = [Clip(str(tone(tmp_path / f"{seconds}.wav", 300, seconds))) for seconds in (14, 9, 1)]
+    said = iter(["dog", "rain", "rain, sea", "sea", "wind", "no idea"])  # 3 pieces, 2 pieces, 1
+    monkeypatch.setattr(
+        "calm_pl.training.zero_shot.generate_answers", lambda _, inputs: [next(said) for _ in inputs.last_token_B]
+    )
+    extraction = ZeroShot(backbone, clips, CLASSES, "generation", backbone.load())
+    processor = backbone.clip_processor()
+    kept_BV = extraction.vectors(processor(clips, [processor.load(clip) for clip in clips])).squeeze(1)
+    found_BC = extraction.probabilities(kept_BV, clips)
+    assert found_BC.tolist() == [[0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 0]]
+    assert extraction.store_key() != asked("generation", clips).store_key()
 
 
 @pytest.mark.parametrize("answers", ["likelihood", "letters", "generation"])

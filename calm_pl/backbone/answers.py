@@ -30,9 +30,11 @@ def label_log_likelihoods(lalm: FrozenLALM, inputs: LALMInputs, labels: Sequence
     of state-space layers are not).
 
     Raises:
-        BackboneError: the model is an encoder-decoder (it transcribes and answers no questions).
+        BackboneError: the model is an encoder-decoder (it transcribes and answers no questions), or prompts are padded
+            on the right.
+        ValueError: a label is empty.
     """
-    _must_answer(lalm)
+    must_answer(lalm)
     if inputs.parts:
         return inputs.in_parts(lambda part: label_log_likelihoods(lalm, part, labels))
     inputs = inputs.to(lalm.device, lalm.model.dtype)
@@ -52,22 +54,19 @@ def letter_log_likelihoods(lalm: FrozenLALM, inputs: LALMInputs, num_options: in
     """Log-likelihood of the letters A, B, ... as the answer to a multiple-choice question (B, options), float32.
 
     Raises:
-        BackboneError: the model is an encoder-decoder.
+        BackboneError: as :func:`label_log_likelihoods`.
     """
     return label_log_likelihoods(lalm, inputs, list(string.ascii_uppercase[:num_options]))
 
 
 @torch.inference_mode()
 def generate_answers(lalm: FrozenLALM, inputs: LALMInputs, max_new_tokens: int = 16) -> list[str]:
-    """The model's own answers (B), decoded greedily.
+    """The model's own answers (B), decoded greedily; of a clip in pieces, that to its first.
 
     Raises:
-        BackboneError: the model is an encoder-decoder, or prompts are padded on the right, behind which nothing can
-            be continued.
+        BackboneError: the model is an encoder-decoder, or prompts are padded on the right.
     """
-    _must_answer(lalm)
-    if lalm.processor.tokenizer.padding_side != "left":
-        raise BackboneError("answers are generated behind the prompt: load the backbone with padding_side=left.")
+    must_answer(lalm)
     if inputs.parts:
         answers = [answer for part in inputs.parts for answer in generate_answers(lalm, part, max_new_tokens)]
         return [answers[inputs.order.index(row)] for row in range(len(inputs.last_token_B))]
@@ -96,9 +95,12 @@ def leading_letter(answer: str) -> int | None:
     return string.ascii_uppercase.index(letter.upper()) if letter else None
 
 
-def _must_answer(lalm: FrozenLALM) -> None:
+def must_answer(lalm: FrozenLALM) -> None:
+    """Refuse models that answer nothing, and padding between the prompt and its answer."""
     if lalm.model.config.is_encoder_decoder:
         raise BackboneError(f"{type(lalm.model).__name__} answers no questions: it has no zero-shot answer to score.")
+    if lalm.processor.tokenizer.padding_side != "left":
+        raise BackboneError("answers come behind the prompt: load the backbone with padding_side=left.")
 
 
 def _words(text: str) -> str:
@@ -108,6 +110,9 @@ def _words(text: str) -> str:
 def _tokens(lalm: FrozenLALM, labels: Sequence[str]) -> Tensor:
     """Token ids (C, T) of the labels; -1 fills up the shorter ones."""
     ids = [lalm.processor.tokenizer(label, add_special_tokens=False).input_ids for label in labels]
+    for label, row in zip(labels, ids, strict=True):
+        if not row:
+            raise ValueError(f"the label {label!r} has no text that the model could answer with: name it.")
     longest = max(map(len, ids))
     return torch.tensor([row + [-1] * (longest - len(row)) for row in ids], device=lalm.device)
 

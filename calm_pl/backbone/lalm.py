@@ -133,6 +133,7 @@ class FrozenLALM:
             if dtype not in DTYPES:
                 raise BackboneError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
             dtype = DTYPES[dtype]
+        Pooling.parse(pooling)  # before the weights are read
         checkpoint = resolve_checkpoint(path_or_hub_id, revision)
         config = load_config(checkpoint, trust_remote_code)
         processor = ClipProcessor(

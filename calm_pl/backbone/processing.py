@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jinja2
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -144,6 +145,7 @@ class ClipProcessor:
                 f"{checkpoint} takes no audio: its processor {type(self.processor).__name__} has no feature "
                 "extractor. Choose an audio-language model."
             )
+        self.checkpoint = checkpoint
         self.prompt = prompt
         self.long_clips = long_clips
         self.extractor = extractor
@@ -181,24 +183,32 @@ class ClipProcessor:
         times = [clip.start, *(begin + seconds * i / count for i in range(1, count)), clip.end]
         return [replace(clip, start=start, end=end) for start, end in pairwise(times)]
 
-    def warn_of_cut_clips(self, clips: Sequence[Clip]) -> int:
-        """Warn of clips longer than the model's window where they are cut; return how many there are."""
+    def is_cut(self, clip: Clip) -> bool:
+        """Whether a clip is longer than the model's window and is cut there: by its header, nothing is decoded."""
         if self.max_seconds is None or self.long_clips == "split":
-            return 0
-        count = sum(self._loses(clip, self.max_seconds + UNHEARD_SECONDS) for clip in clips)
-        if count:
-            warnings.warn(
-                f"{count} of {len(clips)} clips are longer than the model's window of {self.max_seconds:g} s: what "
-                "comes later is left out. long_clips=split averages over all of it.",
-                stacklevel=2,
-            )
-        return count
-
-    def _loses(self, clip: Clip, window: float) -> bool:
+            return False
+        window = self.max_seconds + UNHEARD_SECONDS
+        if clip.end is not None and clip.end - (clip.start or 0.0) <= window:
+            return False  # without opening the file
         try:
             return self.content.seconds(clip) > window
         except AudioError:  # told when it is decoded
             return False
+
+    def warn_of_cut_clips(self, clips: Sequence[Clip]) -> list[int]:
+        """Warn of clips that are cut; return their positions."""
+        cut = [position for position, clip in enumerate(clips) if self.is_cut(clip)]
+        self.warn_of_cut(len(cut), len(clips))
+        return cut
+
+    def warn_of_cut(self, count: int, total: int) -> None:
+        """Warn where so many clips of ``total`` are cut."""
+        if count:
+            warnings.warn(
+                f"{count} of {total} clips are longer than the model's window of {self.max_seconds:g} s: what "
+                "comes later is left out. long_clips=split averages over all of it.",
+                stacklevel=2,
+            )
 
     def question(self, clip: Clip) -> str:
         """The text after the audio."""
@@ -216,16 +226,21 @@ class ClipProcessor:
         # Templates take a list of parts; older ones (Granite Speech) one text with the audio token written into it.
         parts = [*self.content.parts(num_frames), {"type": "text", "text": question}]
         tokens = self.content.tokens(num_frames)
+        refusals = []
         for content in (parts, "".join(token * count for token, count in tokens.items()) + question):
             turn = {"role": "user", "content": content}
-            rendered: str = self.processor.apply_chat_template(
-                [turn], chat_template=self.template, add_generation_prompt=True, tokenize=False
-            )
+            try:
+                rendered: str = self.processor.apply_chat_template(
+                    [turn], chat_template=self.template, add_generation_prompt=True, tokenize=False
+                )
+            except (TypeError, jinja2.TemplateError) as error:  # written for the other form
+                refusals.append(f" ({error})")
+                continue
             if all(rendered.count(token) == count for token, count in tokens.items()):
                 return rendered
         raise BackboneError(
-            f"the chat template of {type(self.processor).__name__} writes no {' or no '.join(map(repr, tokens))} for "
-            "what is heard or seen: replace the checkpoint's chat_template.jinja."
+            f"the chat template of {self.checkpoint} writes no {' or no '.join(map(repr, tokens))} for what is heard "
+            f"or seen{''.join(dict.fromkeys(refusals))}: replace its chat_template.jinja."
         )
 
     def __call__(self, clips: Sequence[Clip], media: Sequence[Sequence[Media]]) -> LALMInputs:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calm_pl.backbone.answers import named_labels
-from calm_pl.backbone.errors import BackboneError
+from calm_pl.backbone.answers import must_answer, named_labels
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
 
@@ -32,10 +31,7 @@ def sampled_votes(
     Raises:
         BackboneError: the model is an encoder-decoder, or its prompts are padded on the right.
     """
-    if lalm.model.config.is_encoder_decoder:
-        raise BackboneError(f"{type(lalm.model).__name__} transcribes and answers no questions.")
-    if lalm.processor.tokenizer.padding_side != "left":
-        raise BackboneError("answers are generated behind the prompt: load the backbone with padding_side=left.")
+    must_answer(lalm)
     if inputs.parts:
         return inputs.in_parts(lambda part: sampled_votes(lalm, part, labels, trials, temperature, max_new_tokens))
     inputs = inputs.to(lalm.device, lalm.model.dtype)

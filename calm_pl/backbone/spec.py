@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calm_pl.backbone.checkpoints import adapter_folder, resolve_checkpoint
+from calm_pl.backbone.pooling import Pooling
 from calm_pl.headstore import file_digest
 from calm_pl.progress import is_animated, say
 
@@ -46,6 +47,9 @@ class Backbone:
             and PyAV.
         frame_rate: frames a second of a video.
         compile: by ``torch.compile``, which needs a C++ compiler; the first batch takes a minute longer.
+
+    Raises:
+        BackboneError: ``pooling`` is unknown.
     """
 
     path: str = "calm-tiny"
@@ -64,6 +68,9 @@ class Backbone:
     modality: str = "audio"
     frame_rate: float = 2.0
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        Pooling.parse(self.pooling)  # here, because nothing else looks at it before the weights are loaded
 
     @property
     def name(self) -> str:

@@ -104,9 +104,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         self.store_dtype = store_dtype
         self.clips: list[Clip] = []
         self.skipped: dict[int, str] = {}
+        self.cut: set[int] | None = None  # positions of clips longer than the model's window; None: not looked for
         self.heads: HeadStore | FrozenLALM  # whose numbers of heads results tell: the store, or a stream's backbone
         self.streamed: dict[int, Clip] = {}
         self.stream_errors: list[str] = []
+        self.streamed_cut = 0
 
     # What there is
 
@@ -212,6 +214,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                 f"no usable support clip is left of {', '.join(emptied)}. " + "; ".join(list(self.skipped.values())[:5])
             )
 
+    def find_cut_clips(self) -> None:
+        """Find the clips that are cut at the model's window, and warn of them; once, whatever the store holds."""
+        if self.cut is None:
+            self.cut = set(self.backbone.clip_processor().warn_of_cut_clips(self.clips))
+
     def usable(self, part: str) -> list[int]:
         """Positions in ``clips`` of one of the PARTS, without clips that cannot be used."""
         return [i for i in self.parts[part] if i not in self.skipped]
@@ -266,7 +273,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         size = DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
         share = (self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        self.streamed, self.stream_errors = {}, []
+        self.streamed, self.stream_errors, self.streamed_cut = {}, [], 0
         batches = ShardBatches(self.recipe.urls(), self.backbone, size, share=share)
         return stream_loader(batches, self.num_workers, pin_memory=on_gpu)
 
@@ -283,6 +290,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         """
         assert self.trainer is not None
         self.stream_errors += batch.errors
+        self.streamed_cut += batch.cut
         indices: list[int] = []
         labels_BC = torch.zeros(len(batch.clips), len(self.classes), dtype=torch.uint8)
         for clip, labels_C in zip(batch.clips, labels_BC, strict=True):
@@ -301,6 +309,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         """Tell all ranks of all clips that were streamed. A collective call."""
         self.streamed = dict(of_all_ranks(list(self.streamed.items())))
         self.stream_errors = of_all_ranks(self.stream_errors)
+        self.streamed_cut = sum(of_all_ranks([self.streamed_cut]))
         self.parts["test"] = range(len(self.streamed))
 
     def clips_at(self, positions: Sequence[int]) -> list[Clip]:
@@ -327,6 +336,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
                 *({"audio": self.clips[i].audio, "reason": reason} for i, reason in sorted(self.skipped.items())),
                 *({"audio": error.partition(": ")[0], "reason": error} for error in self.stream_errors),
             ],
+            "cut": self.streamed_cut + len((self.cut or set()) - self.skipped.keys()),
         }
 
     def _pseudo_description(self) -> dict[str, Any]:

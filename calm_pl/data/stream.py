@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -40,16 +40,20 @@ class ClipBatch:
         keys: where the head store keeps each; None for a clip that is run for its neighbours' sake alone.
         inputs: what the model takes; None when there is nothing to run.
         errors: clips that cannot be used, each named, with the reason.
+        cut: how many of a stream's clips are longer than the model's window, and cut there; of files, see
+            `ClipProcessor.warn_of_cut_clips`.
     """
 
-    def __init__(self, clips: list[Clip], keys: list[str | None], inputs: LALMInputs | None, errors: list[str]) -> None:
-        self.clips, self.keys, self.inputs, self.errors = clips, keys, inputs, errors
+    def __init__(
+        self, clips: list[Clip], keys: list[str | None], inputs: LALMInputs | None, errors: list[str], cut: int = 0
+    ) -> None:
+        self.clips, self.keys, self.inputs, self.errors, self.cut = clips, keys, inputs, errors, cut
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def pin_memory(self) -> ClipBatch:
-        return ClipBatch(self.clips, self.keys, self.inputs and self.inputs.pin_memory(), self.errors)
+        return ClipBatch(self.clips, self.keys, self.inputs and self.inputs.pin_memory(), self.errors, self.cut)
 
 
 class ClipBatches(Dataset[ClipBatch]):
@@ -122,6 +126,13 @@ def file_stamps(clips: Sequence[Clip]) -> dict[str, Stamp | None]:
     return {file: file_stamp(file) for clip in clips for file in _files(clip)}
 
 
+class Loaded(NamedTuple):
+    """A clip of a shard, decoded; and whether it is cut, which nobody can tell later."""
+
+    media: list[Media]
+    is_cut: bool
+
+
 class ShardBatches(IterableDataset[ClipBatch]):
     """Batches of clips from tar shards, which are read once, from front to back.
 
@@ -152,17 +163,21 @@ class ShardBatches(IterableDataset[ClipBatch]):
 
     def __iter__(self) -> Iterator[ClipBatch]:
         processor = self.backbone.clip_processor()
-        stream = ShardClips(self.urls, processor.load, processor.content.sees, self.share)
+
+        def load(clip: Clip) -> Loaded:
+            return Loaded(processor.load(clip), processor.is_cut(clip))
+
+        stream = ShardClips(self.urls, load, processor.content.sees, self.share)
         for shard in stream.shards():
             while read := list(islice(shard, SORTED_BATCHES * self.batch_size)):
                 yield from self._sorted_batches(read, processor)
 
     def _sorted_batches(
-        self, read: Sequence[ShardClip[list[Media]] | AudioError], processor: ClipProcessor
+        self, read: Sequence[ShardClip[Loaded] | AudioError], processor: ClipProcessor
     ) -> Iterator[ClipBatch]:
         errors = [str(item) for item in read if isinstance(item, AudioError)]
         items = [item for item in read if isinstance(item, ShardClip)]
-        items.sort(key=lambda item: -sum(map(_size, item.content)))
+        items.sort(key=lambda item: -sum(map(_size, item.content.media)))
         keys = [item.key for item in items]
         wanted = set(range(len(items)) if self.store is None else self.store.missing(keys))
         for begin in range(0, len(items), self.batch_size):
@@ -170,8 +185,8 @@ class ShardBatches(IterableDataset[ClipBatch]):
             kept = [key if begin + row in wanted else None for row, key in enumerate(keys[begin:][: len(batch)])]
             if any(kept):
                 clips = [item.clip for item in batch]
-                inputs = processor(clips, [item.content for item in batch])
-                yield ClipBatch(clips, kept, inputs, errors)
+                inputs = processor(clips, [item.content.media for item in batch])
+                yield ClipBatch(clips, kept, inputs, errors, sum(item.content.is_cut for item in batch))
                 errors = []
         if errors:
             yield ClipBatch([], [], None, errors)

@@ -134,6 +134,8 @@ def stored_heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[C
             "--data.protocol mcq, which asks for each label alone."
         )
     store = data.make_store(arithmetic(trainer.precision))
+    if trainer.is_global_zero:
+        data.backbone.clip_processor().warn_of_cut_clips(clips)
     unusable = extract_missing(trainer, clips, HeadExtraction(data.backbone), store, data.batch_size, data.num_workers)
     for reason in unusable.values():
         print(f"left out: {reason}")

@@ -289,8 +289,6 @@ def extract_missing(
     if batch_size == "auto":
         extraction.trainer = trainer
         data.batch_size = chosen_batch_size(trainer, extraction, clips)
-    if trainer.is_global_zero:
-        extraction.backbone.clip_processor().warn_of_cut_clips([clips[index] for index in data.wanted])
     device = trainer.strategy.root_device
     progress = ExtractionProgress(shows_progress(trainer))
     # The ranks are there already: each runs a Trainer of its own on its own device.

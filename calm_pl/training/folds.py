@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from calm_pl.training.results import NO_SHARE, print_table, write_json, write_te
 from calm_pl.training.trainer import CalmTrainer
 
 if TYPE_CHECKING:
+    from calm_pl.data.datamodule import AudioEpisodeDataModule
     from calm_pl.training.cli import CalmCLI
 
 
@@ -49,12 +51,13 @@ def run_folds(cli: CalmCLI) -> None:
         config["fit"].data.recipe.init_args.test_fold = number
         config["fit"].run_dir = str(folders[number])
         (folders[number] / "results.json").unlink(missing_ok=True)  # of another configuration
-        with quiet():  # the folds are told one by one, in a line each
+        with quiet(), warnings.catch_warnings():  # the folds are told one by one, in a line each
+            warnings.filterwarnings("ignore", message=".* longer than the model's window")  # told of all clips above
             type(cli)(config, about=f"fold {number}")
         if "wandb" in sys.modules:  # else the next fold would go on in this one's W&B run
             sys.modules["wandb"].finish()
     if all((folder / "results.json").is_file() for folder in folders.values()):
-        write_average(list(folders.values()), out, cli.config_dump)
+        write_average(list(folders.values()), out, cli.config_dump, cli.datamodule)
 
 
 def _fold_config(config: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -64,11 +67,13 @@ def _fold_config(config: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 @rank_zero_only
-def write_average(folders: Sequence[Path], out: Path, config: Mapping[str, Any]) -> None:
+def write_average(folders: Sequence[Path], out: Path, config: Mapping[str, Any], data: AudioEpisodeDataModule) -> None:
     """Leave in ``out`` what a run leaves of one fold, the classifier apart: there is one in each fold's folder."""
     from calm_pl.report.page import write_report
 
     results = average({folder.name: json.loads((folder / "results.json").read_text()) for folder in folders})
+    # Of the whole set, each of whose clips is tested once: those of the folds have support clips in common.
+    results["cut"] = sum(map(data.backbone.clip_processor().is_cut, data.recipe.clips()))
     write_text(out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     lines = [(folder / "predictions.csv").read_text().splitlines(keepends=True) for folder in folders]
     write_text(out / "predictions.csv", lines[0][0] + "".join(line for of_fold in lines for line in of_fold[1:]))

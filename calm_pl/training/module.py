@@ -111,6 +111,8 @@ class CalmModule(L.LightningModule):
         started = time.perf_counter()
         store = data.open_store(arithmetic(self.trainer.precision))
         extraction = HeadExtraction(data.backbone)
+        if self.trainer.is_global_zero:
+            data.find_cut_clips()
         data.leave_out(extract_missing(self.trainer, data.clips, extraction, store, data.batch_size, data.num_workers))
         self.timing.setdefault("extraction_seconds", time.perf_counter() - started)
 
@@ -286,7 +288,10 @@ class CalmModule(L.LightningModule):
 
     def _end_stream(self) -> None:
         """Only now it is known whether clips have several labels. A collective call."""
-        self.data.gather_streamed()
+        data = self.data
+        data.gather_streamed()
+        if self.trainer.is_global_zero:
+            self._extraction.lalm.processor.warn_of_cut(data.streamed_cut, len(data.streamed))
         if not self.data.multi_label:
             for scores in self.scores.values():
                 scores.one_label_each()

@@ -109,6 +109,7 @@ class ExtractionProgress(Callback):
     Attributes:
         clips: that went through the model or could not be used, on this rank.
         errors: of the latter, each named, with the reason.
+        cut: of a stream's clips that were cut at the model's window.
         startup_seconds: until the first batch came from the workers; not part of speed and waiting.
         waited_share: share of the time since then that the model waited for the next batch.
     """
@@ -117,6 +118,7 @@ class ExtractionProgress(Callback):
         self.enabled = enabled
         self.clips = 0
         self.errors: list[str] = []
+        self.cut = 0
         self.startup_seconds = 0.0
         self._task: Task | None = None
         self._began: float | None = None
@@ -153,6 +155,7 @@ class ExtractionProgress(Callback):
         done = len(batch.clips) + len(batch.errors)
         self.clips += done
         self.errors += batch.errors
+        self.cut += batch.cut
         self._task.advance(done, f"{self.clips_per_second:.1f} clips/s")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -44,10 +44,15 @@ class CalmTrainer(L.Trainer):
         progress = ExtractionProgress(shows_progress(self))
         self.callbacks = [StoreWriter(store), progress]
         self.loggers = []  # there is nothing to log, and an empty run at W&B helps nobody
+        processor = extraction.backbone.clip_processor() if self.is_global_zero else None
+        if processor and isinstance(data, ClipDataModule):
+            processor.warn_of_cut_clips(data.clips)
         self.predict(extraction, datamodule=data, return_predictions=False)
         self.strategy.barrier("head store written")
         errors = of_all_ranks(progress.errors)
-        if self.is_global_zero:
+        cut, total = (sum(of_all_ranks([count])) for count in (progress.cut, progress.clips))
+        if processor:
+            processor.warn_of_cut(cut, total)
             store.compact()
             print(progress.summary(self.world_size))
             for error in sorted(set(errors)):

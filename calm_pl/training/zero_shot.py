@@ -6,6 +6,7 @@ Shapes: B clips of a batch, N clips, C classes, V numbers kept of a clip.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,7 +34,7 @@ class ZeroShot(HeadExtraction):
     ``likelihood`` compares the class names' mean log-likelihoods per token as the answer; ``letters`` the likelihoods
     of the letters before the options that the question lists; ``generation`` decodes an answer greedily and looks for a
     class name in it, or, where options are listed, for the letter that it starts with. Where a clip has options, only
-    they count. An answer that names none of them is wrong.
+    they count. An answer that names none of them is wrong. Of a clip in pieces each piece answers, and the mean counts.
 
     Args:
         backbone: the model that is asked.
@@ -43,7 +44,7 @@ class ZeroShot(HeadExtraction):
         lalm: the backbone, where it is loaded already.
 
     Raises:
-        ValueError: ``answers`` is unknown, or ``letters`` of a clip without options.
+        ValueError: ``answers`` is unknown, or ``letters`` of a clip without options, or with more than there are.
     """
 
     title = "asking in words"
@@ -64,13 +65,21 @@ class ZeroShot(HeadExtraction):
             raise ValueError(f"{bare.audio}: zero_shot_by=letters needs options to choose from: set protocol to mcq.")
         self.classes = list(classes)
         self.answers = answers
-        self.num_letters = max((len(clip.options or ()) for clip in clips), default=0)
+        most = max(clips, key=lambda clip: len(clip.options or ()), default=None)
+        self.num_letters = len(most.options or ()) if most else 0
+        if answers == "letters" and most is not None and self.num_letters > len(ascii_uppercase):
+            raise ValueError(
+                f"{most.audio}: has {self.num_letters} options, and there are {len(ascii_uppercase)} letters: set "
+                "zero_shot_by to likelihood or generation."
+            )
 
     def store_key(self) -> dict[str, Any]:
         """What decides the numbers kept, beyond the clip and the backbone."""
         labels = {} if self.answers == "letters" else {"labels": self.classes}
         letters = {} if self.answers == "likelihood" else {"letters": self.num_letters}
-        return {"zero_shot": self.answers, **labels, **letters}
+        # Named only where used: answers to whole clips stay valid.
+        pieces = {"pieces": "mean"} if self.answers == "generation" and self.backbone.long_clips == "split" else {}
+        return {"zero_shot": self.answers, **labels, **letters, **pieces}
 
     def vectors(self, inputs: LALMInputs) -> Tensor:
         if self.answers == "likelihood":
@@ -78,11 +87,14 @@ class ZeroShot(HeadExtraction):
         elif self.answers == "letters":
             kept_BV = letter_log_likelihoods(self.lalm, inputs, self.num_letters)
         else:
-            kept_BV = torch.stack([self._mentions(answer) for answer in generate_answers(self.lalm, inputs)])
+            kept_BV = inputs.in_parts(self._answered) if inputs.parts else self._answered(inputs)
         return kept_BV[:, None, :]
 
     def vector_names(self) -> list[str]:
         return ["answer"]
+
+    def _answered(self, inputs: LALMInputs) -> Tensor:
+        return torch.stack([self._mentions(answer) for answer in generate_answers(self.lalm, inputs)])
 
     def _mentions(self, answer: str) -> Tensor:
         """For each class 1, 1/2, 1/3, ... in the order in which the answer names them, else 0; then its letter (V)."""
@@ -110,7 +122,8 @@ class ZeroShot(HeadExtraction):
             mentioned = torch.tensor([0.0 if i is None else float(kept_V[i]) for i in listed])
             if options and not mentioned.any():
                 mentioned = kept_V[len(self.classes) :][: len(listed)]
-            shares = (mentioned == mentioned.max()) * mentioned.ceil()
+            best = (mentioned == mentioned.max()) & (mentioned > 0)
+            shares = best / best.sum().clamp_min(1)  # pieces of a clip may disagree evenly
         for share, index in zip(shares.tolist(), listed, strict=True):
             if index is not None:
                 row_C[index] = share

@@ -64,12 +64,16 @@ GRANITE_TURN = "<|start_of_role|>assistant<|end_of_role|>"
 
 
 def granite_speech(kind: str) -> Callable[[Path], None]:
-    """Its template lives with the tokenizer and takes text alone, with the audio token written into it."""
+    """Its template lives with the tokenizer and takes text alone, with the audio token written into it.
+
+    As the published one does it adds texts up, which fails on a list of parts.
+    """
 
     def write(folder: Path) -> None:
         tokenizer = byte_tokenizer(["<|im_start|>"], audio_token="<|audio|>")
         tokenizer.chat_template = (
-            "{% for m in messages %}<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}<|end_of_text|>\n"
+            "{% for m in messages %}"
+            "{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] + '<|end_of_text|>\n' }}"
             f"{{% endfor %}}{{% if add_generation_prompt %}}{GRANITE_TURN}{{% endif %}}"
         )
         config = getattr(tf, f"{kind}Config")(
