@@ -134,11 +134,11 @@ class FrozenLALM:
                 raise BackboneError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
             dtype = DTYPES[dtype]
         checkpoint = resolve_checkpoint(path_or_hub_id, revision)
-        config = load_config(checkpoint, trust_remote_code)
+        config = load_config(checkpoint, trust_remote_code, path_or_hub_id)
+        model_class = model_class_of(config, path_or_hub_id, checkpoint, trust_remote_code)
         processor = ClipProcessor(
             checkpoint, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
         )
-        model_class = model_class_of(config, path_or_hub_id)
         try:
             model = model_class.from_pretrained(
                 checkpoint,

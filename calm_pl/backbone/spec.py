@@ -116,7 +116,7 @@ class Backbone:
         """Names, sizes and times of the files that a loaded model was read from: cheaper than their digests."""
         checkpoint = resolve_checkpoint(self.path, self.revision)
         folders = [checkpoint] if self.adapter is None else [checkpoint, adapter_folder(self.adapter, checkpoint)]
-        files = [(str(file), file.stat()) for folder in folders for file in _read_files(folder)]
+        files = [(str(file), file.stat()) for folder in folders for file in _read_files(folder, self.trust_remote_code)]
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
     def clip_processor(self) -> ClipProcessor:
@@ -147,7 +147,7 @@ class Backbone:
         Hashed once and remembered under ``root``, the folder of the head stores.
         """
         checkpoint = resolve_checkpoint(self.path, self.revision)
-        return _digests(checkpoint, root)
+        return _digests(checkpoint, root, code=self.trust_remote_code)
 
     def store_key(self, dtype: str = "float32", root: str | Path | None = None) -> Mapping[str, Any]:
         """Everything but the clip that decides a head output; a head store is keyed by it.
@@ -177,9 +177,10 @@ class Backbone:
         return key
 
 
-def _digests(folder: Path, root: str | Path | None) -> dict[str, str]:
-    return {file.name: file_digest(file, root) for file in _read_files(folder)}
+def _digests(folder: Path, root: str | Path | None, code: bool = False) -> dict[str, str]:
+    return {file.name: file_digest(file, root) for file in _read_files(folder, code)}
 
 
-def _read_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in FINGERPRINTED)
+def _read_files(folder: Path, code: bool = False) -> list[Path]:
+    suffixes = (*FINGERPRINTED, ".py") if code else FINGERPRINTED
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes)
