@@ -266,7 +266,7 @@ def test_models_that_cannot_be_asked_say_so(model_type, architecture, reason):
 
 def test_a_model_without_a_decoder_is_refused_before_its_processor_is_read(tmp_path):
     transformers.ParakeetCTCConfig(architectures=["ParakeetForCTC"]).save_pretrained(tmp_path)
-    for load in (FrozenLALM.from_pretrained, inspect_checkpoint):
+    for load in (FrozenLALM.from_pretrained, inspect_checkpoint, lambda path: Backbone(path).clip_processor()):
         with pytest.raises(
             BackboneError, match=r"is a ParakeetForCTC, which has no language model that could be asked"
         ):
@@ -307,7 +307,7 @@ def test_a_checkpoints_own_code_is_run_only_where_it_is_trusted(own_config, tiny
         config["model_type"] = "own_audio"
         config["auto_map"]["AutoConfig"] = "own.OwnConfig"
     (folder / "config.json").write_text(json.dumps(config))
-    for load in (FrozenLALM.from_pretrained, inspect_checkpoint):
+    for load in (FrozenLALM.from_pretrained, inspect_checkpoint, lambda path: Backbone(path).clip_processor()):
         with pytest.raises(BackboneError) as refusal:
             load(str(folder))
         assert str(refusal.value).startswith(f"{folder} comes with Python code of its own")

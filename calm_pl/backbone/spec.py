@@ -120,10 +120,18 @@ class Backbone:
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
     def clip_processor(self) -> ClipProcessor:
-        """The half that workers need: no weights are read."""
+        """The half that workers need: no weights are read.
+
+        Raises:
+            BackboneError: as :meth:`load`, where the config or the processor tells.
+        """
+        from calm_pl.backbone.config import load_config, model_class_of
         from calm_pl.backbone.processing import ClipProcessor
 
         checkpoint = resolve_checkpoint(self.path, self.revision)
+        # Before the processor, whose complaints would hide why the model itself cannot serve.
+        config = load_config(checkpoint, self.trust_remote_code, self.path)
+        model_class_of(config, self.path, checkpoint, self.trust_remote_code)
         return ClipProcessor(
             checkpoint,
             self.prompt,
@@ -138,7 +146,7 @@ class Backbone:
         """Whether it can be asked in words; encoder-decoders such as Whisper cannot. Reads the config only."""
         from calm_pl.backbone.config import load_config
 
-        config = load_config(resolve_checkpoint(self.path, self.revision), self.trust_remote_code)
+        config = load_config(resolve_checkpoint(self.path, self.revision), self.trust_remote_code, self.path)
         return not config.is_encoder_decoder
 
     def fingerprint(self, root: str | Path | None = None) -> dict[str, str]:
