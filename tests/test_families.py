@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,11 +22,13 @@ from calm_pl.backbone.config import UNSERVED, model_class_of
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.inspection import inspect_checkpoint
 from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.spec import Backbone
 from calm_pl.backbone.structure import find_head_sites
 from calm_pl.clip import Clip
 from examples.audiovisual import FILM_RATE, write_film
 from tests.conftest import RATE
 from tests.families import FAMILIES, Family
+from tests.families.base import NEMOTRON_TEXT
 
 # Head outputs of these checkpoints have a magnitude of about 1; some reach 20.
 CLOSE = {"atol": 5e-4, "rtol": 0}
@@ -69,28 +72,31 @@ def test_attention_blocks_are_found(built):
     assert max(site.head_dim for site in decoder) == width
     found = (len(encoder), encoder[0].num_heads, encoder[0].head_dim) if encoder else None
     assert found == built.family.encoder
+    assert json.loads((built.folder / "config.json").read_text())["model_type"] == built.family.model_type
     assert len(set(lalm.head_names)) == lalm.num_heads == layers * heads + (2 * 2 if encoder else 0)
 
 
 def test_inspecting_finds_what_loading_finds(built):
     found = inspect_checkpoint(str(built.folder))
     layers, heads, width = built.family.decoder
-    assert found.decoder == f"{layers} layers x {heads} heads x {width} = {layers * heads} heads"
+    per_layer = heads if built.family.asked else f"{heads // 2} + {heads // 2}"  # self- and cross-attention
+    assert found.decoder == f"{layers} layers x {per_layer} heads x {width} = {layers * heads} heads"
     assert found.encoder.startswith("2 layers x 2 heads" if built.family.encoder else "none (")
     assert found.max_seconds == built.lalm.processor.max_seconds and built.family.asks in found.prompt
 
 
 def test_hooks_see_what_a_plain_forward_sees(built, clips):
-    lalm, (_, heads, _) = built.lalm, built.family.decoder
+    lalm, (first, second) = built.lalm, built.lalm.sites[:2]
     inputs = lalm.processor(clips[:1], [lalm.processor.load(clips[0])])
     seen = []
-    attention = lalm.model.get_submodule(built.family.layers_at)[1].self_attn
-    handle = attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    attention = lalm.model.get_submodule(built.family.second)
+    projection = attention.o_proj if built.family.asked else attention.out_proj
+    handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with lalm.window(inputs), torch.inference_mode():
         lalm.model(**inputs.model_inputs)
     handle.remove()
-    by_hand_HD = seen[0][0, -1].view(heads, -1)
-    ours_HD = lalm.head_outputs(clips[:1])[0, heads : 2 * heads, : by_hand_HD.shape[1]]
+    by_hand_HD = seen[0][0, -1].view(second.num_heads, -1)
+    ours_HD = lalm.head_outputs(clips[:1])[0, first.num_heads :][: second.num_heads, : by_hand_HD.shape[1]]
     torch.testing.assert_close(ours_HD, by_hand_HD, **CLOSE)
     assert not any(module._forward_pre_hooks for module in lalm.model.modules())
 
@@ -103,9 +109,10 @@ def test_a_batch_gives_what_single_clips_give(built, clips):
 
 
 def test_a_cut_window_and_an_early_exit_change_nothing(built, clips):
-    quick = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, layers=[0, 1])
+    layers = sorted({site.layer for site in built.lalm.sites if site.part == "decoder"})
+    quick = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, layers=layers[:2])
     full = FrozenLALM.from_pretrained(built.folder, heads=built.family.heads, cut_window=False).head_outputs(clips[:2])
-    later = ("decoder.2", "decoder.3", "decoder.4")
+    later = tuple(f"decoder.{layer}" for layer in layers[2:])
     kept = [k for k, name in enumerate(built.lalm.head_names) if not name.startswith(later)]
     torch.testing.assert_close(quick.head_outputs(clips[:2]), full[:, kept], **CLOSE)
     inputs = quick.processor(clips[:1], [quick.processor.load(clips[0])])
@@ -167,12 +174,20 @@ def test_the_audio_changes_the_heads(built, clips, tmp_path):
 
 
 def test_the_question_is_asked_in_the_familys_own_template(built, clips):
+    if not built.family.asked:
+        starts = built.lalm.processor.tokenizer.convert_ids_to_tokens(built.lalm.processor.start_tokens)
+        assert starts == ["<|startoftranscript|>", "<|notimestamps|>"]
+        return
     text = built.lalm.processor.text(clips[0])
     assert built.family.asks in text and "Why?  Answer with the class name." in text
     assert text.index(built.lalm.processor.audio_token) < text.index("Why?")
 
 
 def test_label_likelihoods_are_those_of_a_whole_forward(built, clips):
+    if not built.family.asked:
+        with pytest.raises(BackboneError, match="answers no questions"):
+            likelihoods_equal_a_whole_forward(built.lalm, clips[:2])
+        return
     likelihoods_equal_a_whole_forward(built.lalm, clips[:2])
 
 
@@ -194,6 +209,10 @@ def likelihoods_equal_a_whole_forward(lalm: FrozenLALM, clips: list[Clip]) -> No
 
 def test_generation_is_the_same_in_a_batch(built, clips):
     waveforms = [built.lalm.processor.load(clip) for clip in clips]
+    if not built.family.asked:
+        with pytest.raises(BackboneError, match="answers no questions"):
+            generate_answers(built.lalm, built.lalm.processor(clips, waveforms))
+        return
     together = generate_answers(built.lalm, built.lalm.processor(clips, waveforms), max_new_tokens=3)
     last = built.lalm.processor(clips[3:], waveforms[3:])
     assert len(together) == 4 and generate_answers(built.lalm, last, max_new_tokens=3) == together[3:]
@@ -271,7 +290,7 @@ def test_a_clip_beyond_the_processors_last_whole_window_is_cut_there(tmp_path):
     soundfile.write(tmp_path / "long.wav", np.zeros(5 * RATE), RATE)
     clip = Clip(str(tmp_path / "long.wav"))
     with pytest.warns(UserWarning, match="window of 4 s"):
-        assert processor.warn_of_cut_clips([clip]) == 1
+        assert processor.warn_of_cut_clips([clip]) == [0]
     (medium,) = processor.load(clip)
     assert len(medium.waveform_S) == 4 * RATE
 
@@ -319,6 +338,12 @@ def test_families_that_cannot_be_served_say_why(model_type):
     ("model_type", "architecture", "reason"),
     [
         ("wav2vec2", "Wav2Vec2ForCTC", "has no language model that could be asked"),
+        ("parakeet_ctc", "ParakeetForCTC", "has no language model that could be asked"),
+        ("lasr_ctc", "LasrForCTC", "has no language model that could be asked"),
+        ("granite_speech5_ctc", "GraniteSpeech5ForCTC", "has no language model that could be asked"),
+        ("parakeet_tdt", "ParakeetForTDT", "transcribes and takes no prompt"),
+        ("gemma3n_text", "Gemma3nForCausalLM", "takes no audio: choose an audio-language model"),
+        ("gemma4", "Gemma4ForConditionalGeneration", "takes no audio in this size: choose an audio-language model"),
         ("audio-spectrogram-transformer", "ASTForAudioClassification", "has no language model"),
         ("seamless_m4t_v2", "SeamlessM4Tv2ForSpeechToText", "transcribes and takes no prompt"),
         ("moonshine", "MoonshineForConditionalGeneration", "transcribes and takes no prompt"),
@@ -328,3 +353,69 @@ def test_models_that_cannot_be_asked_say_so(model_type, architecture, reason):
     config = transformers.CONFIG_MAPPING[model_type](architectures=[architecture])
     with pytest.raises(BackboneError, match=rf"some/model is a {architecture}, which {reason}"):
         model_class_of(config, "some/model")
+
+
+def test_a_model_without_a_decoder_is_refused_before_its_processor_is_read(tmp_path):
+    transformers.ParakeetCTCConfig(architectures=["ParakeetForCTC"]).save_pretrained(tmp_path)
+    for load in (FrozenLALM.from_pretrained, inspect_checkpoint, lambda path: Backbone(path).clip_processor()):
+        with pytest.raises(
+            BackboneError, match=r"is a ParakeetForCTC, which has no language model that could be asked"
+        ):
+            load(str(tmp_path))
+
+
+def test_layers_without_heads_are_told_from_layers_that_are_not_there():
+    text = {**NEMOTRON_TEXT, "vocab_size": 64}
+    with torch.device("meta"):
+        model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**text))
+    with pytest.raises(BackboneError, match=r"layers=\[0\]: the decoder has heads in the layers 1, 3, 4"):
+        find_head_sites(model, layers=[0])
+
+
+# Code that a checkpoint brings
+
+
+OWN_CODE = """
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+class OwnConfig(Qwen2AudioConfig):
+    model_type = "own_audio"
+
+class OwnAudio(Qwen2AudioForConditionalGeneration):
+    pass
+"""
+
+
+@pytest.mark.parametrize("own_config", [True, False])
+def test_a_checkpoints_own_code_is_run_only_where_it_is_trusted(own_config, tiny_lalm, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = Path(shutil.copytree(tiny_lalm, tmp_path / f"own{own_config}"))
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["OwnAudio"]}
+    config["auto_map"] = {"AutoModel": "own.OtherAudio", "AutoModelForCausalLM": "own.OwnAudio"}
+    if own_config:
+        config["model_type"] = "own_audio"
+        config["auto_map"]["AutoConfig"] = "own.OwnConfig"
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (FrozenLALM.from_pretrained, inspect_checkpoint, lambda path: Backbone(path).clip_processor()):
+        with pytest.raises(BackboneError) as refusal:
+            load(str(folder))
+        assert str(refusal.value).startswith(f"{folder} comes with Python code of its own")
+        assert str(refusal.value).endswith("set --data.backbone.trust_remote_code true.")
+        assert "\n" not in str(refusal.value)
+    spec = Backbone(path=str(folder), trust_remote_code=True)
+    assert "own.py" in spec.fingerprint() and "own.py" not in replace(spec, trust_remote_code=False).fingerprint()
+    own = FrozenLALM.from_pretrained(str(folder), trust_remote_code=True)
+    assert type(own.model).__module__.startswith("transformers_modules")
+    expected = FrozenLALM.from_pretrained(tiny_lalm).head_outputs(clips[:1])
+    torch.testing.assert_close(own.head_outputs(clips[:1]), expected)
+
+
+def test_own_code_that_lacks_its_class_is_named(tiny_lalm, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = transformers.Qwen2AudioConfig(auto_map={"AutoModelForCausalLM": "own.Missing"}, architectures=["Missing"])
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    with pytest.raises(BackboneError, match=r"some/model brings its own class own.Missing, which cannot be loaded"):
+        model_class_of(config, "some/model", tmp_path, trust_remote_code=True)

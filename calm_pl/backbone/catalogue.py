@@ -75,5 +75,10 @@ FAMILIES = {
     "fun-asr-nano": "FunAudioLLM/Fun-ASR-Nano-2512-hf",
     "moss-transcribe": "hf-audio/MOSS-Transcribe-Diarize-HF",
     "vibevoice-asr": "microsoft/VibeVoice-ASR-HF",
+    "muse-spark": "meta-models/Muse-Spark-Open-816B-A42B",
+    "inkling": "thinkingmachines/Inkling",
+    "dots3-note": "dots-studio/dots3-note-prev",
+    "nemotron-h-omni": "nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16",
+    "nemotron-3.5-transcribe": "nvidia/NVIDIA-Nemotron-3.5-Transcribe-30B-A4B",
     "whisper": "openai/whisper-large-v3",
 }

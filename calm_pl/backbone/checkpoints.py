@@ -8,8 +8,9 @@ from pathlib import Path
 
 from calm_pl.backbone.errors import BackboneError
 
-# Everything a transformers checkpoint can need, and no pickle: weights come as safetensors only.
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+# Everything a transformers checkpoint can need, and no pickle: weights come as safetensors only. Python code of a
+# checkpoint's own can so be read, and is run only with trust_remote_code.
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 SHIPPED = {"calm-tiny": Path(__file__).parent / "calm-tiny"}
 
 

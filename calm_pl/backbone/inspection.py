@@ -52,7 +52,7 @@ def inspect_checkpoint(path_or_hub_id: str, revision: str | None = None) -> Insp
         BackboneError: the checkpoint cannot serve as a backbone; says why in one sentence.
     """
     folder = resolve_checkpoint(path_or_hub_id, revision, weights=False)
-    config = load_config(folder)
+    config = load_config(folder, name=path_or_hub_id)
     model_class = model_class_of(config, path_or_hub_id)
     processor = ClipProcessor(folder)
     try:

@@ -23,6 +23,7 @@ from calm_pl.backbone.hooks import HeadCapture, capture_heads
 from calm_pl.backbone.placement import Quantization, load_adapter, placement
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInputs, LongClips, PaddingSide
+from calm_pl.backbone.states import repeat_states  # noqa: F401  # installs it
 from calm_pl.backbone.structure import Heads, find_head_sites
 from calm_pl.backbone.window import shorter_encoder
 from calm_pl.clip import Clip, length_batches
@@ -135,11 +136,11 @@ class FrozenLALM:
             dtype = DTYPES[dtype]
         Pooling.parse(pooling)  # before the weights are read
         checkpoint = resolve_checkpoint(path_or_hub_id, revision)
-        config = load_config(checkpoint, trust_remote_code)
+        config = load_config(checkpoint, trust_remote_code, path_or_hub_id)
+        model_class = model_class_of(config, path_or_hub_id, checkpoint, trust_remote_code)
         processor = ClipProcessor(
             checkpoint, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
         )
-        model_class = model_class_of(config, path_or_hub_id)
         try:
             model = model_class.from_pretrained(
                 checkpoint,

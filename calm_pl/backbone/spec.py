@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Raised whenever the code changes what a head output is, so that no stored vector outlives its meaning.
 FORMAT_VERSION = 2
 # Read by the processor or the model; a readme may change without changing a head output.
-FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")  # .py: only run where it is trusted
+FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model")
 _loaded: dict[object, FrozenLALM] = {}  # the model that was loaded last
 
 
@@ -123,14 +123,22 @@ class Backbone:
         """Names, sizes and times of the files that a loaded model was read from: cheaper than their digests."""
         checkpoint = resolve_checkpoint(self.path, self.revision)
         folders = [checkpoint] if self.adapter is None else [checkpoint, adapter_folder(self.adapter, checkpoint)]
-        files = [(str(file), file.stat()) for folder in folders for file in _read_files(folder)]
+        files = [(str(file), file.stat()) for folder in folders for file in _read_files(folder, self.trust_remote_code)]
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
     def clip_processor(self) -> ClipProcessor:
-        """The half that workers need: no weights are read."""
+        """The half that workers need: no weights are read.
+
+        Raises:
+            BackboneError: as :meth:`load`, where the config or the processor tells.
+        """
+        from calm_pl.backbone.config import load_config, model_class_of
         from calm_pl.backbone.processing import ClipProcessor
 
         checkpoint = resolve_checkpoint(self.path, self.revision)
+        # Before the processor, whose complaints would hide why the model itself cannot serve.
+        config = load_config(checkpoint, self.trust_remote_code, self.path)
+        model_class_of(config, self.path, checkpoint, self.trust_remote_code)
         return ClipProcessor(
             checkpoint,
             self.prompt,
@@ -145,7 +153,7 @@ class Backbone:
         """Whether it can be asked in words; encoder-decoders such as Whisper cannot. Reads the config only."""
         from calm_pl.backbone.config import load_config
 
-        config = load_config(resolve_checkpoint(self.path, self.revision), self.trust_remote_code)
+        config = load_config(resolve_checkpoint(self.path, self.revision), self.trust_remote_code, self.path)
         return not config.is_encoder_decoder
 
     def fingerprint(self, root: str | Path | None = None) -> dict[str, str]:
@@ -154,7 +162,7 @@ class Backbone:
         Hashed once and remembered under ``root``, the folder of the head stores.
         """
         checkpoint = resolve_checkpoint(self.path, self.revision)
-        return _digests(checkpoint, root)
+        return _digests(checkpoint, root, code=self.trust_remote_code)
 
     def store_key(self, dtype: str = "float32", root: str | Path | None = None) -> Mapping[str, Any]:
         """Everything but the clip that decides a head output; a head store is keyed by it.
@@ -184,9 +192,10 @@ class Backbone:
         return key
 
 
-def _digests(folder: Path, root: str | Path | None) -> dict[str, str]:
-    return {file.name: file_digest(file, root) for file in _read_files(folder)}
+def _digests(folder: Path, root: str | Path | None, code: bool = False) -> dict[str, str]:
+    return {file.name: file_digest(file, root) for file in _read_files(folder, code)}
 
 
-def _read_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in FINGERPRINTED)
+def _read_files(folder: Path, code: bool = False) -> list[Path]:
+    suffixes = (*FINGERPRINTED, ".py") if code else FINGERPRINTED
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes)

@@ -74,7 +74,9 @@ def _only_layers(sites: list[HeadSite], layers: Sequence[int]) -> list[HeadSite]
     found = sorted({site.layer for site in sites if site.part == limited})
     unknown = sorted(set(layers) - set(found))
     if unknown or not layers:
-        raise BackboneError(f"layers={list(layers)}: the {limited} has the layers {found[0]} to {found[-1]}.")
+        gaps = found[-1] - found[0] >= len(found)  # state-space layers and experts between them (Nemotron)
+        there = f"heads in the layers {', '.join(map(str, found))}" if gaps else f"the layers {found[0]} to {found[-1]}"
+        raise BackboneError(f"layers={list(layers)}: the {limited} has {there}.")
     return [site for site in sites if site.part != limited or site.layer in layers]
 
 
@@ -89,8 +91,8 @@ def _sites_of(tower: nn.Module, part: Literal["decoder", "encoder"]) -> list[Hea
             return sites
     raise BackboneError(
         f"{type(tower).__name__} has no attention heads that can be read: none of its layers has a block "
-        f"with {', '.join(PROJECTIONS[:-1])} or {PROJECTIONS[-1]}. Choose other heads (decoder, encoder or both) "
-        "or another model."
+        f"with {', '.join(PROJECTIONS[:-1])} or {PROJECTIONS[-1]}; "
+        f"{'use heads=decoder' if part == 'encoder' else 'choose another model'}."
     )
 
 
@@ -135,6 +137,7 @@ def audio_encoder(model: PreTrainedModel) -> PreTrainedModel:
         encoder: PreTrainedModel = model.get_encoder()
         return encoder
     config = getattr(model.config, "audio_config", None) or getattr(model.config, "encoder_config", None)
+    config = getattr(config, "asr_config", config)  # Nemotron Transcribe has another encoder, for who is speaking
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and type(part.config) is type(config):
             return part

@@ -24,6 +24,8 @@ MASKING_ENCODERS = (
     "qwen2_5_omni_audio_encoder",
     "qwen3_omni_moe_audio_encoder",
 )
+# Its extractor knows a window, but pads to the longest clip only, and does not say how long each clip is in frames.
+UNPADDED_ENCODERS = ("dots3_note_audio_encoder",)
 PIECEWISE_ENCODERS = ("qwen3_omni_moe_audio_encoder", "qwen3_asr_encoder")
 # Written into transformers' code, not in the config.
 PHI4_POSITIONS = 500
@@ -46,9 +48,9 @@ def mixes_from(config: PreTrainedConfig, extractor: Any) -> float:
     Phi-4) pad to the longest clip, and what stands behind a shorter clip changes its features or reaches it inside the
     encoder, in transformers as in the authors' code. Only clips of one length share a batch there.
     """
-    if not hasattr(extractor, "n_samples"):
-        return math.inf
     audio = getattr(getattr(config, "thinker_config", config), "audio_config", None)
+    if not hasattr(extractor, "n_samples") or getattr(audio, "model_type", None) in UNPADDED_ENCODERS:
+        return math.inf
     if audio is not None and audio.model_type in PIECEWISE_ENCODERS:
         # They pad a clip's pieces of 2 * n_window frames to the longest piece of the batch, and convolve over that.
         return float(2 * audio.n_window * extractor.hop_length)

@@ -26,6 +26,25 @@ WHISPER = {
     "num_mel_bins": 32,
     "max_source_positions": 100,
 }
+# Five state-space, expert and attention layers in turn, as in Nemotron-H: layers 1, 3 and 4 attend.
+NEMOTRON_TEXT = {
+    "model_type": "nemotron_h",
+    "layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention", "full_attention"],
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 1,
+}
 VISION = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1}
 
 
@@ -34,26 +53,30 @@ class Family:
     """What the conformance test must find in a family's checkpoint.
 
     Attributes:
+        model_type: what transformers calls the family.
         write: writes the checkpoint into a folder.
         decoder: layers, heads a layer, head dimension.
         encoder: the same of the audio encoder; None where it has no heads.
-        layers_at: path of the decoder's layers in the model that is loaded.
+        second: path of the second attention block in the model that is loaded.
         asks: a piece of the rendered prompt that only the family's own template writes.
         needs: packages that its processor or model cannot do without.
         sees: whether it takes pictures too.
         window: seconds that its encoder, or its processor, takes in one piece; a few where there is no such length.
         cuts: whether nothing beyond the window is heard.
+        asked: whether a question can be asked; an encoder-decoder only transcribes.
     """
 
+    model_type: str
     write: Callable[[Path], None]
     decoder: tuple[int, int, int]
     encoder: tuple[int, int, int] | None = (2, 2, 16)
-    layers_at: str = "model.language_model.layers"
+    second: str = "model.language_model.layers.1.self_attn"
     asks: str = "<|im_start|>assistant\n"
     needs: tuple[str, ...] = ()
     sees: bool = False
     window: float = 2.0
     cuts: bool = False
+    asked: bool = True
 
     @property
     def heads(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers as tf
 
 from calm_pl.backbone.random_checkpoint import CHATML, byte_tokenizer
-from tests.families.base import QWEN2, WHISPER, mel, save
+from tests.families.base import NEMOTRON_TEXT, QWEN2, WHISPER, mel, save
 
 
 def qwen2_audio(folder: Path) -> None:
@@ -177,3 +177,42 @@ def voxtral(folder: Path) -> None:
         audio_token_id=24,
     )
     save(folder, tf.VoxtralForConditionalGeneration, config, tf.VoxtralProcessor(mel(30), tokenizer))
+
+
+def nemotron_transcribe(folder: Path) -> None:
+    """Two encoders, of what is said and of who says it; few of the decoder's layers attend."""
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|audio|>"])
+    hears = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_mel_bins": 32}  # fmt: skip
+    config = tf.Nemotron3_5TranscribeConfig(
+        text_config={**NEMOTRON_TEXT, "vocab_size": len(tokenizer)},
+        audio_config={
+            "asr_config": hears,
+            "diarization_config": {
+                "audio_config": hears, "head_config": {"hidden_size": 16, "audio_hidden_size": 32, "num_speakers": 2},
+                "streaming_config": {"num_speakers": 2, "speaker_cache_length": 8}, "chunk_length": 500,
+            },
+        },
+        word_timestamp_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                               "num_attention_heads": 2, "vocab_size": 16, "blank_token_id": 15},
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|audio|>"),
+    )  # fmt: skip
+    processor = tf.Nemotron3_5TranscribeProcessor(
+        tf.NemotronAsrStreamingFeatureExtractor(feature_size=32), tokenizer, byte_tokenizer([])
+    )
+    template = CHATML.replace("AUDIO", "<|audio|>")
+    save(folder, tf.Nemotron3_5TranscribeForConditionalGeneration, config, processor, template)
+
+
+def whisper(folder: Path) -> None:
+    """An encoder-decoder: prompted by its start tokens alone."""
+    bytes_only = byte_tokenizer([]).get_vocab()
+    tokenizer = tf.WhisperTokenizer(vocab=bytes_only, merges=[])
+    starts = ["<|startoftranscript|>", "<|en|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": starts})
+    config = tf.WhisperConfig(
+        **WHISPER, decoder_layers=3, decoder_attention_heads=2, decoder_ffn_dim=48, vocab_size=len(tokenizer),
+        max_target_positions=32, decoder_start_token_id=tokenizer.convert_tokens_to_ids(starts[0]), pad_token_id=0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    save(folder, tf.WhisperForConditionalGeneration, config, tf.WhisperProcessor(mel(), tokenizer))

@@ -9,7 +9,7 @@ from typing import Any
 import transformers as tf
 
 from calm_pl.backbone.random_checkpoint import CHATML, byte_tokenizer
-from tests.families.base import QWEN2, VISION, WHISPER, mel, save
+from tests.families.base import NEMOTRON_TEXT, QWEN2, VISION, WHISPER, mel, save
 
 
 def omni_tokenizer() -> Any:
@@ -109,9 +109,8 @@ def phi4(folder: Path) -> None:
     save(folder, tf.Phi4MultimodalForCausalLM, config, processor, PHI_TEMPLATE)
 
 
-PHI_TEMPLATE = CHATML.replace("AUDIO", "<|audio|>").replace(
-    "{% elif", "{% elif c['type'] == 'image' %}<|image|>{% elif"
-)
+IMAGE_TEMPLATE = CHATML.replace("{% elif", "{% elif c['type'] == 'image' %}IMAGE{% elif")
+PHI_TEMPLATE = IMAGE_TEMPLATE.replace("AUDIO", "<|audio|>").replace("IMAGE", "<|image|>")
 GEMMA_TURN = "<start_of_turn>model\n"
 GEMMA_TEMPLATE = (
     "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
@@ -207,3 +206,105 @@ def gemma4_unified(folder: Path) -> None:
         tf.Gemma4UnifiedVideoProcessor(),
     )  # fmt: skip
     save(folder, tf.Gemma4UnifiedForConditionalGeneration, config, processor, GEMMA_TEMPLATE)
+
+
+def muse_spark(folder: Path) -> None:
+    """Hears raw waveforms by convolutions, at 24 kHz; sliding windows, a mixture of experts."""
+    tokenizer = byte_tokenizer(
+        ["<|im_start|>", "<|image_start|>", "<|image_end|>", "<|vid_frame_separator|>", "<|vid_start|>", "<|vid_end|>",
+         "<|soft_audio_start|>", "<|soft_audio_end|>"],
+        image_token="<|patch|>", audio_token="<|audio|>", video_token="<|video|>",
+    )  # fmt: skip
+    config = tf.MuseSparkConfig(
+        text_config={**QWEN2, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 16, "num_local_experts": 4,
+                     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_hidden_size": 16, "pad_token_id": 0,
+                     "bos_token_id": 1, "eos_token_id": 1},
+        audio_config={"patch_sizes": [16, 6, 5, 4], "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
+                      "out_hidden_size": 32},
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        out_hidden_size=128, projector_hidden_size=32,
+        image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id,
+        audio_token_id=tokenizer.audio_token_id,
+    )  # fmt: skip
+    processor = tf.MuseSparkProcessor(
+        tf.MuseGlimmerImageProcessor(), tf.MuseGlimmerVideoProcessor(), tokenizer, tf.MuseSparkFeatureExtractor()
+    )
+    template = IMAGE_TEMPLATE.replace("AUDIO", "<|audio|>").replace("IMAGE", "<|patch|>")
+    save(folder, tf.MuseSparkForConditionalGeneration, config, processor, template)
+
+
+def inkling(folder: Path) -> None:
+    """Sound as quantised mel frames, which are embedded like tokens; convolutions inside the decoder's layers."""
+    tokenizer = byte_tokenizer(
+        ["<|im_start|>", "<|content_image|>", "<|content_audio_input|>"],
+        image_token="<|unused_200054|>", audio_token="<|unused_200053|>",
+    )  # fmt: skip
+    config = tf.InklingConfig(
+        text_config={**QWEN2, "vocab_size": len(tokenizer), "head_dim": 8, "swa_num_attention_heads": 4,
+                     "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 16, "d_rel": 4,
+                     "rel_extent": 32, "local_layer_ids": [1], "moe_intermediate_size": 16, "n_routed_experts": 4,
+                     "num_experts_per_tok": 2, "logits_mup_width_multiplier": 1.0,
+                     "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        audio_config={"mel_vocab_size": 16, "text_hidden_size": 32},
+        vision_config={"text_hidden_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        image_token_id=tokenizer.image_token_id, audio_token_id=tokenizer.audio_token_id,
+        image_bos_token_id=tokenizer.convert_tokens_to_ids("<|content_image|>"),
+        audio_bos_token_id=tokenizer.convert_tokens_to_ids("<|content_audio_input|>"),
+    )  # fmt: skip
+    processor = tf.InklingProcessor(tf.InklingFeatureExtractor(), tf.InklingImageProcessor(), tokenizer)
+    template = IMAGE_TEMPLATE.replace("AUDIO", "<|unused_200053|>").replace("IMAGE", "<|unused_200054|>")
+    save(folder, tf.InklingForConditionalGeneration, config, processor, template)
+
+
+def dots3_note(folder: Path) -> None:
+    """Latent attention, in which few keys are looked up (indexed) or a window slides; a mixture of experts."""
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>"])
+    config = tf.Dots3NoteConfig(
+        text_config={**QWEN2, "num_key_value_heads": 4, "vocab_size": len(tokenizer), "moe_intermediate_size": 16,
+                     "n_routed_experts": 4, "num_experts_per_tok": 2, "shared_experts_intermediate_size": 16,
+                     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                     "v_head_dim": 8, "head_dim": 16, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 16,
+                     "sliding_window": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+                     "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+                     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+                     "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        audio_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "feature_size": 32, "downsample_hidden_size": 8, "adapter_input_size": 32,
+                      "adapter_out_dim": 32},
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "moe_intermediate_size": 16, "mlp_layer_types": ["dense"], "adapter_in_dim": 32,
+                       "adapter_out_dim": 32},
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in
+           (("image", "<|imgpad|>"), ("video", "<|video_pad|>"), ("audio", "<|audio_comp_pad|>"))},
+    )  # fmt: skip
+    processor = tf.Dots3NoteProcessor(
+        tf.Qwen2VLImageProcessor(temporal_patch_size=1), tokenizer, tf.Qwen3VLVideoProcessor(patch_size=14),
+        tf.Dots3NoteFeatureExtractor(feature_size=32, chunk_length=2),
+    )  # fmt: skip
+    template = IMAGE_TEMPLATE.replace("AUDIO", "<|audio_comp_pad|>").replace("IMAGE", "<|imgpad|>")
+    save(folder, tf.Dots3NoteForConditionalGeneration, config, processor, template)
+
+
+def nemotron_omni(folder: Path) -> None:
+    """Few of the decoder's layers attend; the others are state-space layers and experts."""
+    tokenizer = byte_tokenizer(
+        ["<|im_start|>", "<img>", "</img>", "<so_start>", "<so_end>"],
+        image_token="<image>", video_token="<video>", audio_token="<so_embedding>",
+    )  # fmt: skip
+    config = tf.NemotronH_Omni_Reasoning_V3_Config(
+        text_config={**NEMOTRON_TEXT, "vocab_size": len(tokenizer)},
+        audio_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+                      "num_mel_bins": 32, "subsampling_conv_channels": 8, "projection_hidden_size": 32,
+                      "projection_bias": False, "layerdrop": 0.0},
+        vision_config={"model_type": "radio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "max_img_size": 64, "video_temporal_patch_size": 2},
+        projector_hidden_size=32, vision_hidden_size=32, image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id, audio_token_id=tokenizer.audio_token_id,
+    )  # fmt: skip
+    processor = tf.NemotronH_Omni_Reasoning_V3Processor(
+        tf.NemotronH_Omni_Reasoning_V3ImageProcessor(min_num_patches=4, max_num_patches=16),
+        tf.NemotronH_Omni_Reasoning_V3VideoProcessor(), tokenizer, tf.ParakeetFeatureExtractor(feature_size=32),
+    )  # fmt: skip
+    template = IMAGE_TEMPLATE.replace("AUDIO", "<so_embedding>").replace("IMAGE", "<image>")
+    save(folder, tf.NemotronH_Omni_Reasoning_V3, config, processor, template)
