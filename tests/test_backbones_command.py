@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -19,8 +20,38 @@ from tests.conftest import ROOT
 from tests.families import FAMILIES as CONFORMING
 
 
-def test_the_list_has_every_named_backbone(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def listed(capsys, monkeypatch, columns: int, terminal: bool) -> list[list[str]]:
+    """Words of each line that `calm backbones` prints."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")  # rich takes it for a terminal
+    assert main(["backbones"]) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert not terminal or max(map(len, lines)) <= columns
+    return [line.split() for line in lines]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_and_hub_ids_are_whole_however_narrow_the_terminal_is(capsys, monkeypatch, terminal):
+    lines = listed(capsys, monkeypatch, 80, terminal)
+    for name, known in CATALOGUE.items():
+        hub_id, shape = known.hub_id.split(), [str(known.layers), "x", str(known.heads), "x", str(known.head_dim)]
+        if terminal:
+            assert [name, *hub_id] in lines and any(
+                line[:6] == [name, *shape] and line[-1] == known.tested for line in lines
+            )
+        else:
+            assert any(
+                line[: 6 + len(hub_id)] == [name, *hub_id, *shape] and line[-1] == known.tested for line in lines
+            )
+    assert all([name, hub_id] in lines for name, hub_id in FAMILIES.items())
+
+
+def test_a_wide_terminal_shows_a_model_in_a_line(capsys, monkeypatch):
+    wide, piped = (listed(capsys, monkeypatch, 160, True), listed(capsys, monkeypatch, 80, False))
+    assert wide == piped
+
+
+def test_the_list_has_every_named_backbone(capsys):
     assert main(["backbones"]) == 0
     shown = capsys.readouterr().out
     named = set(config_names("backbone")) - {"random-qwen2-audio"}

@@ -309,6 +309,19 @@ def test_shards_fill_the_store_under_the_files_keys(tone_shards, tones, tiny_lal
     assert torch.equal(HeadStore(backbone.store_key(), tmp_path / "two").read(keys), store.read(keys))
 
 
+def test_an_extraction_tells_once_of_clips_that_are_cut(tiny_lalm, tmp_path):
+    pytest.importorskip("webdataset")
+    for number, seconds in enumerate((6.0, 1.0, 7.0)):  # the window is 5 s
+        tone(tmp_path / "files" / "low" / f"{number}.wav", 300 + number, seconds)
+    clips = read_manifest(tmp_path / "files")
+    write_shards(clips, tmp_path / "shards")
+    for recipe in (Shards(str(tmp_path / "shards")), Folder(str(tmp_path / "files"))):
+        data = AudioEpisodeDataModule(recipe, Backbone(tiny_lalm), num_workers=0, store=str(tmp_path / "heads"))
+        with pytest.warns(UserWarning, match="2 of 3 clips are longer") as told:
+            CalmTrainer(**QUIET, devices=1).extract(CalmModule({"sav": SAV()}, "sav"), data)
+        assert sum("longer than" in str(warning.message) for warning in told) == 1
+
+
 def listen(recipe: Recipe, model: str, folder: Path, store: str, fit: bool = False, **devices: object) -> None:
     """Test on a data set, after fitting if asked; leaves a run folder."""
     options = {"shots": None, "batch_size": 2, "num_workers": 0, "store_dtype": "float32"}

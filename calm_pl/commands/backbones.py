@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def main(argv: list[str]) -> int:
@@ -24,22 +29,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list() -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from calm_pl.backbone.catalogue import CATALOGUE, FAMILIES
 
-    table = Table("name", "hub id", "layers x heads x dim", "Hz", "longest clip", "bf16", "4-bit", "tested", box=None)
+    columns = ["name", "hub id", "layers x\nheads x dim", "Hz", "longest\nclip", "bf16", "4-bit", "tested"]
+    rows = []
     for name, known in CATALOGUE.items():
         longest = "any" if known.max_seconds is None else f"{known.max_seconds} s"
         shape = f"{known.layers} x {known.heads} x {known.head_dim}"
-        about = "" if known.exact else "about "
+        about = "" if known.exact else "~"
         memory = [about + _gigabytes(known.bf16_gb), about + _gigabytes(known.four_bit_gb)]
-        table.add_row(name, known.hub_id, shape, str(known.sampling_rate), longest, *memory, known.tested)
+        rows.append([name, known.hub_id, shape, str(known.sampling_rate), longest, *memory, known.tested])
     console = Console()
-    console.print(table)
-    console.print(f"\nTested families: {', '.join(f'{name} ({hub_id})' for name, hub_id in FAMILIES.items())}.")
-    console.print("Whether another checkpoint will work, and if not, why: calm backbones inspect PATH", style="dim")
+    whole = _table(columns, rows)
+    needed = console.measure(whole, options=console.options.update_width(1000)).maximum
+    if not console.is_terminal:  # a model is a line, for grep
+        console.width = max(console.width, needed)
+    if console.width >= needed:
+        console.print(whole)
+    else:
+        console.print(_table(columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]))
+        console.print(_table(columns[:2], [row[:2] for row in rows]))
+    console.print(_table(["tested family", "for example"], [list(family) for family in FAMILIES.items()]))
+    console.print("Will another checkpoint work, and if not, why? calm backbones inspect PATH", style="dim")
     return 0
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose cells are never cut nor broken over lines: they are there to be copied."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    table.add_row()
+    return table
 
 
 def _gigabytes(size: float) -> str:
