@@ -17,6 +17,8 @@ from torch import Tensor
 
 from calm_pl.clip import Clip
 from calm_pl.headstore import HeadStore, HeadStoreError, clip_key, file_digest, store_root
+from calm_pl.headstore.index import ShardIndex
+from calm_pl.headstore.store import MERGE_EVERY
 
 KEY = {"backbone": "tiny", "prompt": "What sound is this?"}
 K, D = 3, 4
@@ -204,6 +206,50 @@ def test_a_writer_that_merges_keeps_what_another_wrote_before(tmp_path: Path) ->
         index += 1
     assert torch.equal(one.read(["both"]), heads(1, seed=1).half().float())
     assert torch.equal(HeadStore(KEY, tmp_path).read(["both"]), one.read(["both"]))
+
+
+class OnlyByKey(dict[str, Any]):
+    """A dict that nobody may walk through."""
+
+    def refuse(self, *_: object) -> Any:
+        raise AssertionError("walked through the whole store")
+
+    __iter__ = keys = values = items = clear = refuse  # type: ignore[assignment]
+
+
+def test_a_write_looks_at_its_own_clips_however_many_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HeadStore(KEY, tmp_path).write([f"old {index}" for index in range(5000)], heads(5000))
+    store = HeadStore(KEY, tmp_path)
+    assert len(store) == 5000
+    index = store._index
+    index._places = OnlyByKey(index._places)
+    rows: list[int] = []
+    add = ShardIndex.add
+    monkeypatch.setattr(ShardIndex, "add", lambda self, shard: rows.append(len(shard.keys)) or add(self, shard))
+    for step in range(MERGE_EVERY):
+        store.write([f"{step}a", f"{step}b"], heads(2, step))
+    assert len(shards(store)) == 2
+    assert sum(rows) == 2 * MERGE_EVERY + 2 * MERGE_EVERY  # as written, and as merged
+    assert torch.equal(store.read(["7a", "7b", "old 0"]), torch.cat([heads(2, 7), heads(5000)[:1]]).half().float())
+
+
+def test_two_that_merge_the_same_shards_lose_nothing(tmp_path: Path) -> None:
+    one, other = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
+    for index in range(3):
+        one.write([str(index)], heads(1, index))
+    first = shards(one)[0]
+    first = first.rename(first.with_name(f"{first.name.split('-')[0]}-{'0' * 16}.safetensors"))  # sorts before a merge
+    sources = {path: path.read_bytes() for path in shards(one)}
+    assert len(other) == 3
+    one.compact()
+    for path, content in sources.items():  # `one` has written its merge and not yet deleted these
+        path.write_bytes(content)
+    other._index.merge([path.name for path in sources])
+    assert first not in shards(one)
+    for store in (one, other, HeadStore(KEY, tmp_path)):
+        assert torch.equal(store.read(["0", "1", "2"]), torch.cat([heads(1, index) for index in range(3)]).half())
 
 
 OPERATIONS = st.tuples(
