@@ -22,13 +22,16 @@ import torch
 
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.processing import ClipProcessor
 from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import SAV
 from calm_pl.clip import Clip
+from calm_pl.data import stream
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Recipe, Shards
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shards import ShardClip, ShardClips, write_shards
+from calm_pl.data.stream import ShardBatches
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
 from calm_pl.training.batch_size import fitting_batch_size
@@ -228,9 +231,10 @@ def tone_shards(tones, tmp_path_factory) -> Path:
     return folder / "tar"
 
 
-def extract_shards(shards: Path, model: str, root: Path, **options: object) -> None:
+def extract_shards(shards: Path, model: str, root: Path, num_workers: int = 2, **options: object) -> None:
     pytest.importorskip("webdataset")
-    data = AudioEpisodeDataModule(Shards(str(shards)), Backbone(model), batch_size=2, store=str(root))
+    recipe = Shards(str(shards))
+    data = AudioEpisodeDataModule(recipe, Backbone(model), batch_size=2, store=str(root), num_workers=num_workers)
     module = CalmModule({"sav": SAV()}, "sav")
     CalmTrainer(**QUIET, **{"devices": 1, **options}).extract(module, data)
 
@@ -251,6 +255,38 @@ def test_shards_fill_the_store_under_the_files_keys(tone_shards, tones, tiny_lal
     torch.testing.assert_close(store.read(keys), direct_NKD, atol=2e-3, rtol=2e-3)
     in_two_ranks(extract_shards_in_two_ranks, tone_shards, tiny_lalm, tmp_path / "two")
     assert torch.equal(HeadStore(backbone.store_key(), tmp_path / "two").read(keys), store.read(keys))
+
+
+def test_of_stored_shards_nothing_is_decoded(tone_shards, tiny_lalm, tmp_path, monkeypatch, capsys):
+    decoded, run = [], []
+    load, forward = ClipProcessor.load, FrozenLALM.forward
+    monkeypatch.setattr(ClipProcessor, "load", lambda self, clip: decoded.append(clip) or load(self, clip))
+    monkeypatch.setattr(FrozenLALM, "forward", lambda self, inputs: run.append(1) or forward(self, inputs))
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
+    assert (len(decoded), len(run)) == (10, 5)
+    told = capsys.readouterr().out.splitlines()[-2:]
+    decoded.clear()
+    run.clear()
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
+    assert (len(decoded), len(run)) == (1, 0)  # that which is no sound
+    assert capsys.readouterr().out.splitlines()[-2:] == told  # it is named again
+
+
+def test_a_shard_with_a_missing_clip_is_run_in_the_batches_of_an_unbroken_run(tone_shards, tiny_lalm, tmp_path):
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "unbroken")
+    key = Backbone(tiny_lalm).store_key()
+    whole, broken = (HeadStore(key, tmp_path / name) for name in ("unbroken", "broken"))
+    load = Backbone(tiny_lalm).clip_processor().load
+    keys = [item.key for item in ShardClips(str(tone_shards), load) if isinstance(item, ShardClip)]
+    broken.write(keys[1:6], whole.read(keys[1:6]))
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "broken")
+    assert torch.equal(broken.read(keys), whole.read(keys))
+
+
+def test_large_files_are_not_gathered(tone_shards, tiny_lalm, monkeypatch):
+    monkeypatch.setattr(stream, "SORTED_BYTES", 0)
+    batches = list(ShardBatches([str(tone_shards)], Backbone(tiny_lalm), batch_size=4))
+    assert [len(batch) for batch in batches] == [1] * 9 + [0]
 
 
 def listen(recipe: Recipe, model: str, folder: Path, store: str, fit: bool = False, **devices: object) -> None:

@@ -7,7 +7,7 @@ ranks and workers there are; so an extraction that was killed, or that ran on mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Literal, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from calm_pl.backbone.content import Media
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip, length_batches
-from calm_pl.data.shards import ShardClip, ShardClips
+from calm_pl.data.shards import Files, ShardClip, ShardClips, decoded
 from calm_pl.headstore import HeadStore
 
 BatchSize = int | Literal["auto"]
@@ -26,7 +26,10 @@ BatchSize = int | Literal["auto"]
 DEFAULT_BATCH_SIZE = 8
 # Batches' worth of a shard's clips that are sorted by length together; this many are in a worker's memory at once.
 SORTED_BATCHES = 4
+# Fewer are sorted together where their files are larger than this: of whole films, memory would not hold so many.
+SORTED_BYTES = 1 << 30
 
+ShardFiles = ShardClip[Files] | AudioError
 T = TypeVar("T")
 
 
@@ -110,7 +113,8 @@ class ShardBatches(IterableDataset[ClipBatch]):
         urls: the shards, see `ShardClips`.
         backbone: whose processor makes the inputs.
         batch_size: clips a batch.
-        store: batches that it holds already are left out; None runs everything.
+        store: batches that it holds already are left out, and clips that no such batch needs are not decoded; None
+            runs everything.
         share: (rank, world size): the shards are dealt to ranks, and a rank's to its workers.
     """
 
@@ -133,25 +137,43 @@ class ShardBatches(IterableDataset[ClipBatch]):
         processor = self.backbone.clip_processor()
         stream = ShardClips(self.urls, processor.load, processor.content.sees, self.share)
         for shard in stream.shards():
-            while read := list(islice(shard, SORTED_BATCHES * self.batch_size)):
+            for read in self._sorted_together(shard):
                 yield from self._sorted_batches(read, processor)
 
-    def _sorted_batches(
-        self, read: Sequence[ShardClip[list[Media]] | AudioError], processor: ClipProcessor
-    ) -> Iterator[ClipBatch]:
+    def _sorted_together(self, shard: Iterator[ShardFiles]) -> Iterator[list[ShardFiles]]:
+        read: list[ShardFiles] = []
+        size = 0
+        for item in shard:
+            read.append(item)
+            size += 0 if isinstance(item, AudioError) else sum(map(len, item.content.values()))
+            if len(read) == SORTED_BATCHES * self.batch_size or size > SORTED_BYTES:
+                yield read
+                read, size = [], 0
+        if read:
+            yield read
+
+    def _sorted_batches(self, read: Sequence[ShardFiles], processor: ClipProcessor) -> Iterator[ClipBatch]:
         errors = [str(item) for item in read if isinstance(item, AudioError)]
-        items = [item for item in read if isinstance(item, ShardClip)]
-        items.sort(key=lambda item: -sum(map(_size, item.content)))
-        keys = [item.key for item in items]
-        wanted = set(range(len(items)) if self.store is None else self.store.missing(keys))
-        for begin in range(0, len(items), self.batch_size):
-            batch = items[begin : begin + self.batch_size]
-            kept = [key if begin + row in wanted else None for row, key in enumerate(keys[begin:][: len(batch)])]
-            if any(kept):
-                clips = [item.clip for item in batch]
-                inputs = processor(clips, [item.content for item in batch])
-                yield ClipBatch(clips, kept, inputs, errors)
-                errors = []
+        found = [item for item in read if isinstance(item, ShardClip)]
+        keys = [item.key for item in found]
+        # Of clips with the same bytes only one is to be kept, but each that cannot be used is to be named.
+        kept = set(range(len(keys)) if self.store is None else self.store.missing(keys))
+        missing = {keys[index] for index in kept}
+        loaded = {i: decoded(item, processor.load) for i, item in enumerate(found) if item.key in missing}
+        errors += [str(item) for item in loaded.values() if isinstance(item, AudioError)]
+        if any(isinstance(loaded[index], ShardClip) for index in kept):
+            # The others' lengths decide who shares a batch with those that are missing, and so their last bits.
+            loaded |= {i: decoded(item, processor.load) for i, item in enumerate(found) if i not in loaded}
+            items = [(i, item) for i in range(len(found)) if isinstance(item := loaded[i], ShardClip)]
+            items.sort(key=lambda pair: -sum(map(_size, pair[1].content)))
+            for begin in range(0, len(items), self.batch_size):
+                batch = items[begin : begin + self.batch_size]
+                batch_keys = [item.key if i in kept else None for i, item in batch]
+                if any(batch_keys):
+                    clips = [item.clip for _, item in batch]
+                    inputs = processor(clips, [item.content for _, item in batch])
+                    yield ClipBatch(clips, batch_keys, inputs, errors)
+                    errors = []
         if errors:
             yield ClipBatch([], [], None, errors)
 
