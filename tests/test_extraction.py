@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -161,6 +163,123 @@ def test_only_what_is_missing_is_run(tones, tiny_lalm, tmp_path, monkeypatch):
     run.clear()
     extract_missing(trainer(), clips, HeadExtraction(backbone), store, batch_size=1)
     assert run == []
+
+
+def plans(store: HeadStore) -> list[Path]:
+    return sorted(store.folder.glob("plan-*.json"))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[list[str]]:
+    """The batches that are run, as names of files."""
+    batches: list[list[str]] = []
+    run = ClipProcessor.__call__
+
+    def told(self, clips, *rest):
+        batches.append([Path(clip.audio).name for clip in clips])
+        return run(self, clips, *rest)
+
+    monkeypatch.setattr(ClipProcessor, "__call__", told)
+    return batches
+
+
+@pytest.fixture
+def various(tmp_path) -> list[Clip]:
+    """24 clips, each of another length."""
+    paths = [tone(tmp_path / f"{index}.wav", 200 + 40 * index, 0.3 + 0.07 * (index * 7 % 24)) for index in range(24)]
+    return [Clip(str(path)) for path in paths]
+
+
+def killed_after(writes: int, monkeypatch) -> Any:
+    """A context in which the process ends before its next write to the store."""
+    done: list[int] = []
+    write = HeadStore.write
+
+    def written(self, *arguments):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(1)
+        write(self, *arguments)
+
+    context = monkeypatch.context()
+
+    @contextlib.contextmanager
+    def inside():
+        with context as patch:
+            patch.setattr(HeadStore, "write", written)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                yield
+
+    return inside()
+
+
+def test_some_new_clips_are_run_without_the_stored_ones(various, tiny_lalm, tmp_path, runs):
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    store = HeadStore(extraction.backbone.store_key(), tmp_path / "heads")
+    extract_missing(trainer(), various[:20], extraction, store)
+    assert sorted(map(len, runs)) == [4, 8, 8]
+    runs.clear()
+    extract_missing(trainer(), various, extraction, store)
+    assert [sorted(batch) for batch in runs] == [["20.wav", "21.wav", "22.wav", "23.wav"]]
+
+
+def test_a_killed_run_over_a_store_that_holds_a_part_goes_on_with_its_batches(
+    various, tiny_lalm, tmp_path, runs, monkeypatch
+):
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    stores = [HeadStore(extraction.backbone.store_key(), tmp_path / n, "float32") for n in ("unbroken", "killed")]
+    unbroken, killed = stores
+    for store in stores:
+        extract_missing(trainer(), various[::3], extraction, store, batch_size=4)
+    runs.clear()
+    extract_missing(trainer(), various, extraction, unbroken, batch_size=4)
+    planned = list(runs)
+    keys = killed.clip_keys(various)
+    runs.clear()
+    with killed_after(2, monkeypatch):
+        extract_missing(trainer(), various, extraction, killed, batch_size=4)
+    assert len(killed.missing(keys)) == 8
+    # Meanwhile another run stores one clip of the third batch, by a plan of its own that cannot use that batch.
+    third = [clip for clip in various if Path(clip.audio).name in planned[2]]
+    extract_missing(trainer(), third[:1], extraction, killed, batch_size=4)
+    runs.clear()
+    extract_missing(trainer(), various, extraction, HeadStore.open(killed.folder), batch_size=4)
+    assert runs == planned[2:]
+    rows = [row for row, clip in enumerate(various) if clip != third[0]]
+    assert torch.equal(killed.read(keys)[rows], unbroken.read(keys)[rows])
+    assert plans(killed)
+    extract_missing(trainer(), [*various, Clip(str(tone(tmp_path / "new.wav", 900, 0.5)))], extraction, killed)
+    assert len(plans(killed)) == 1  # of the last run alone
+
+
+def test_plans_that_cannot_be_used_are_passed_over(various, tiny_lalm, tmp_path, runs, monkeypatch):
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    store = HeadStore(extraction.backbone.store_key(), tmp_path / "heads")
+    with killed_after(1, monkeypatch):
+        extract_missing(trainer(), various[:8], extraction, store, batch_size=4)
+    (plan,) = plans(store)
+    torn = plan.with_name(plan.name.replace("plan-0", "plan-1"))
+    torn.write_bytes(plan.read_bytes()[:-3])
+    missing = [various[index] for index in store.missing(store.clip_keys(various))]
+    runs.clear()
+    extract_missing(trainer(), missing, extraction, store, batch_size=3)  # of another batch size
+    assert [len(batch) for batch in runs] == [3] * 6 + [2]
+    assert len(plans(store)) == 2 and not torn.exists()
+
+
+def test_nobody_is_decoded_beside_a_clip_that_cannot_be_used(various, tiny_lalm, tmp_path, runs, monkeypatch):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF but no sound")
+    clips = [*various[:3], Clip(str(broken))]
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    store = HeadStore(extraction.backbone.store_key(), tmp_path / "heads")
+    assert list(extract_missing(trainer(), clips, extraction, store)) == [3]
+    decoded: list[str] = []
+    load = ClipProcessor.load
+    monkeypatch.setattr(ClipProcessor, "load", lambda self, clip: decoded.append(clip.audio) or load(self, clip))
+    runs.clear()
+    assert list(extract_missing(trainer(), clips, extraction, store)) == [3]
+    assert (set(decoded), runs) == ({str(broken)}, [])
 
 
 def test_a_changed_clip_and_a_changed_prompt_are_computed_anew(tones, tiny_lalm, tmp_path):

@@ -1,7 +1,8 @@
 """Clips streamed to the backbone: decoded and turned into inputs by worker processes, batch by batch.
 
-Which clips form a batch depends on the clips and the batch size alone, never on what is already stored or how many
-ranks and workers there are; so an extraction that was killed, or that ran on more devices, gives the same numbers.
+Which clips form a batch decides the last bits of their head outputs. It does not depend on how many ranks and workers
+there are, and a run that goes on after a kill takes the batches planned before it (`HeadStore.planned_batches`), so
+they give the same numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone.content import Media
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import Clip, length_batches
+from calm_pl.clip import Clip
 from calm_pl.data.shards import Files, ShardClip, ShardClips, decoded
 from calm_pl.headstore import HeadStore
 
@@ -59,12 +60,11 @@ class ClipBatches(Dataset[ClipBatch]):
     """Batches of files. One item is one whole batch, so that a worker does all of its decoding and features.
 
     Args:
-        clips: all clips of the run; they alone decide the batches.
+        clips: all clips of the run.
         keys: of all clips.
-        wanted: positions that are to be computed; a batch without one is left out, one with some is run whole
-            (its other clips decide the padding, and so the last bits).
+        wanted: positions that are to be computed.
+        batches: positions; each batch is run whole, with clips that are not wanted for their neighbours' sake.
         backbone: whose processor makes the inputs.
-        batch_size: clips a batch.
     """
 
     def __init__(
@@ -72,16 +72,14 @@ class ClipBatches(Dataset[ClipBatch]):
         clips: Sequence[Clip],
         keys: Sequence[str],
         wanted: Sequence[int],
+        batches: list[list[int]],
         backbone: Backbone,
-        batch_size: int,
     ) -> None:
         self.clips = clips
         self.keys = keys
         self.wanted = frozenset(wanted)
+        self.batches = batches
         self.backbone = backbone
-        # Headers of a complete set are not even read.
-        planned = length_batches(clips, batch_size) if wanted else []
-        self.batches = [batch for batch in planned if self.wanted.intersection(batch)]
         self._processor: ClipProcessor | None = None
 
     def __len__(self) -> int:
@@ -90,15 +88,19 @@ class ClipBatches(Dataset[ClipBatch]):
     def __getitem__(self, item: int) -> ClipBatch:
         if self._processor is None:  # built in the worker, once
             self._processor = self.backbone.clip_processor()
-        media: dict[int, list[Media]] = {}
+        batch = self.batches[item]
+        loaded: dict[int, list[Media]] = {}
         errors: list[str] = []
-        for index in self.batches[item]:
+        for index in sorted(batch, key=lambda index: index not in self.wanted):
+            if index not in self.wanted and not loaded:
+                break  # of the wanted, none can be used
             try:
-                media[index] = self._processor.load(self.clips[index])
+                loaded[index] = self._processor.load(self.clips[index])
             except AudioError as error:
                 errors.append(str(error))
-        if not self.wanted.intersection(media):
+        if not loaded:
             return ClipBatch([], [], None, errors)
+        media = {index: loaded[index] for index in batch if index in loaded}
         clips = [self.clips[i] for i in media]
         keys = [self.keys[i] if i in self.wanted else None for i in media]
         return ClipBatch(clips, keys, self._processor(clips, list(media.values())), errors)

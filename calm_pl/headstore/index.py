@@ -41,7 +41,7 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._places
 
     def any_shard(self) -> Shard | None:

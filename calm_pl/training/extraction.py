@@ -20,7 +20,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import Clip
+from calm_pl.clip import Clip, length_batches
 from calm_pl.data.stream import DEFAULT_BATCH_SIZE, BatchSize, ClipBatch, ClipBatches, ShardBatches, stream_loader
 from calm_pl.headstore import HeadStore
 from calm_pl.progress import say
@@ -137,7 +137,7 @@ class ClipDataModule(L.LightningDataModule):
     """The clips whose head outputs are missing, for ``Trainer.predict(HeadExtraction(...))``.
 
     Args:
-        clips: all clips of the run; with the batch size they decide the batches.
+        clips: all clips of the run.
         backbone: whose processor makes the inputs.
         store: where head outputs are kept; what it lacks is computed.
         batch_size: clips a forward pass; ``auto`` finds what fits the GPU.
@@ -164,6 +164,7 @@ class ClipDataModule(L.LightningDataModule):
         self.share = share
         self.keys: list[str] = []
         self.wanted: list[int] = []
+        self.batches: list[list[int]] | None = None
         self.clips_of_this_rank: int | None = None
 
     def prepare_data(self) -> None:
@@ -176,15 +177,29 @@ class ClipDataModule(L.LightningDataModule):
             self.keys = self.store.clip_keys(self.clips)
             self.wanted = self.store.missing(self.keys)
 
+    def plan(self, trainer: L.Trainer, extraction: L.LightningModule) -> None:
+        """Decide the batches. Rank 0 does, for all: another process may write between two ranks' looks at the store."""
+        self.wanted = trainer.strategy.broadcast(self.wanted)
+        self.batches = []
+        if not self.wanted:
+            return
+        size = chosen_batch_size(trainer, extraction, self.clips) if self.batch_size == "auto" else self.batch_size
+        if trainer.is_global_zero:
+            self.batches = self.store.planned_batches(self.keys, self.wanted, size, lambda new: self._split(new, size))
+        self.batches = trainer.strategy.broadcast(self.batches)
+
+    def _split(self, positions: list[int], size: int) -> list[list[int]]:
+        batches = length_batches([self.clips[index] for index in positions], size)
+        return [[positions[row] for row in batch] for batch in batches]
+
     def predict_dataloader(self) -> DataLoader[ClipBatch]:
         trainer = self.trainer
         assert trainer is not None
-        size = self.batch_size
-        if size == "auto":
-            size = chosen_batch_size(trainer, trainer.lightning_module, self.clips if self.wanted else [])
-        batches = ClipBatches(self.clips, self.keys, self.wanted, self.backbone, size)
-        if self.share is not None:
-            batches.batches = batches.batches[self.share[0] :: self.share[1]]
+        if self.batches is None:
+            self.plan(trainer, trainer.lightning_module)
+        assert self.batches is not None
+        share, shares = self.share or (0, 1)
+        batches = ClipBatches(self.clips, self.keys, self.wanted, self.batches[share::shares], self.backbone)
         self.clips_of_this_rank = sum(map(len, batches.batches)) // trainer.world_size
         return stream_loader(batches, self.num_workers, pin_memory=_on_gpu(trainer))
 
@@ -251,11 +266,11 @@ def extract_missing(
     data = ClipDataModule(clips, extraction.backbone, store, batch_size, num_workers, share)
     data.setup()
     trainer.strategy.barrier("head store read")
-    if not data.wanted:
-        return {}
     if batch_size == "auto":
         extraction.trainer = trainer
-        data.batch_size = chosen_batch_size(trainer, extraction, clips)
+    data.plan(trainer, extraction)
+    if not data.wanted:
+        return {}
     if trainer.is_global_zero:
         extraction.backbone.clip_processor().warn_of_cut_clips([clips[index] for index in data.wanted])
     device = trainer.strategy.root_device
