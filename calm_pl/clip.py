@@ -48,8 +48,7 @@ class Clip:
 def length_batches(clips: Sequence[Clip], batch_size: int) -> list[list[int]]:
     """Split clip positions into batches of similar length, longest first.
 
-    The split depends on the clips alone, so an interrupted extraction meets the very same batches again. Longest
-    first, because a batch that does not fit into memory should fail at once.
+    Longest first, because a batch that does not fit into memory should fail at once.
     """
     order = sorted(range(len(clips)), key=lambda i: (-seconds_or_zero(clips[i]), i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

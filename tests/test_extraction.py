@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -23,15 +25,16 @@ import torch
 
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
-from calm_pl.backbone.processing import LALMInputs
+from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import SAV
 from calm_pl.clip import Clip
+from calm_pl.data import stream
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Recipe, Shards
-from calm_pl.data.shards import write_shards
-from calm_pl.data.stream import ClipBatches
+from calm_pl.data.shards import ShardClip, ShardClips, write_shards
+from calm_pl.data.stream import ClipBatches, ShardBatches
 from calm_pl.headstore import HeadStore, HeadStoreError
 from calm_pl.methods.calm import Calm
 from calm_pl.training import extraction
@@ -172,6 +175,123 @@ def test_only_what_is_missing_is_run(tones, tiny_lalm, tmp_path, monkeypatch):
     assert run == []
 
 
+def plans(store: HeadStore) -> list[Path]:
+    return sorted(store.folder.glob("plan-*.json"))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[list[str]]:
+    """The batches that are run, as names of files."""
+    batches: list[list[str]] = []
+    run = ClipProcessor.__call__
+
+    def told(self, clips, *rest):
+        batches.append([Path(clip.audio).name for clip in clips])
+        return run(self, clips, *rest)
+
+    monkeypatch.setattr(ClipProcessor, "__call__", told)
+    return batches
+
+
+@pytest.fixture
+def various(tmp_path) -> list[Clip]:
+    """24 clips, each of another length."""
+    paths = [tone(tmp_path / f"{index}.wav", 200 + 40 * index, 0.3 + 0.07 * (index * 7 % 24)) for index in range(24)]
+    return [Clip(str(path)) for path in paths]
+
+
+def killed_after(writes: int, monkeypatch) -> Any:
+    """A context in which the process ends before its next write to the store."""
+    done: list[int] = []
+    write = HeadStore.write
+
+    def written(self, *arguments):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(1)
+        write(self, *arguments)
+
+    context = monkeypatch.context()
+
+    @contextlib.contextmanager
+    def inside():
+        with context as patch:
+            patch.setattr(HeadStore, "write", written)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                yield
+
+    return inside()
+
+
+def test_some_new_clips_are_run_without_the_stored_ones(various, tiny_lalm, tmp_path, runs):
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    store = HeadStore(extraction.backbone.store_key(), tmp_path / "heads")
+    extract_missing(trainer(), various[:20], extraction, store)
+    assert sorted(map(len, runs)) == [4, 8, 8]
+    runs.clear()
+    extract_missing(trainer(), various, extraction, store)
+    assert [sorted(batch) for batch in runs] == [["20.wav", "21.wav", "22.wav", "23.wav"]]
+
+
+def test_a_killed_run_over_a_store_that_holds_a_part_goes_on_with_its_batches(
+    various, tiny_lalm, tmp_path, runs, monkeypatch
+):
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    stores = [HeadStore(extraction.backbone.store_key(), tmp_path / n, "float32") for n in ("unbroken", "killed")]
+    unbroken, killed = stores
+    for store in stores:
+        extract_missing(trainer(), various[::3], extraction, store, batch_size=4)
+    runs.clear()
+    extract_missing(trainer(), various, extraction, unbroken, batch_size=4)
+    planned = list(runs)
+    keys = killed.clip_keys(various)
+    runs.clear()
+    with killed_after(2, monkeypatch):
+        extract_missing(trainer(), various, extraction, killed, batch_size=4)
+    assert len(killed.missing(keys)) == 8
+    # Meanwhile another run stores one clip of the third batch, by a plan of its own that cannot use that batch.
+    third = [clip for clip in various if Path(clip.audio).name in planned[2]]
+    extract_missing(trainer(), third[:1], extraction, killed, batch_size=4)
+    runs.clear()
+    extract_missing(trainer(), various, extraction, HeadStore.open(killed.folder), batch_size=4)
+    assert runs == planned[2:]
+    rows = [row for row, clip in enumerate(various) if clip != third[0]]
+    assert torch.equal(killed.read(keys)[rows], unbroken.read(keys)[rows])
+    assert plans(killed)
+    extract_missing(trainer(), [*various, Clip(str(tone(tmp_path / "new.wav", 900, 0.5)))], extraction, killed)
+    assert len(plans(killed)) == 1  # of the last run alone
+
+
+def test_plans_that_cannot_be_used_are_passed_over(various, tiny_lalm, tmp_path, runs, monkeypatch):
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    store = HeadStore(extraction.backbone.store_key(), tmp_path / "heads")
+    with killed_after(1, monkeypatch):
+        extract_missing(trainer(), various[:8], extraction, store, batch_size=4)
+    (plan,) = plans(store)
+    torn = plan.with_name(plan.name.replace("plan-0", "plan-1"))
+    torn.write_bytes(plan.read_bytes()[:-3])
+    missing = [various[index] for index in store.missing(store.clip_keys(various))]
+    runs.clear()
+    extract_missing(trainer(), missing, extraction, store, batch_size=3)  # of another batch size
+    assert [len(batch) for batch in runs] == [3] * 6 + [2]
+    assert len(plans(store)) == 2 and not torn.exists()
+
+
+def test_nobody_is_decoded_beside_a_clip_that_cannot_be_used(various, tiny_lalm, tmp_path, runs, monkeypatch):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF but no sound")
+    clips = [*various[:3], Clip(str(broken))]
+    extraction = HeadExtraction(Backbone(tiny_lalm))
+    store = HeadStore(extraction.backbone.store_key(), tmp_path / "heads")
+    assert list(extract_missing(trainer(), clips, extraction, store)) == [3]
+    decoded: list[str] = []
+    load = ClipProcessor.load
+    monkeypatch.setattr(ClipProcessor, "load", lambda self, clip: decoded.append(clip.audio) or load(self, clip))
+    runs.clear()
+    assert list(extract_missing(trainer(), clips, extraction, store)) == [3]
+    assert (set(decoded), runs) == ({str(broken)}, [])
+
+
 def test_a_changed_clip_and_a_changed_prompt_are_computed_anew(tones, tiny_lalm, tmp_path):
     import shutil
 
@@ -223,7 +343,7 @@ def test_a_file_that_changes_meanwhile_leaves_nothing_under_its_old_bytes(tones,
 
 
 def data_batches(data: ClipDataModule) -> ClipBatches:
-    return ClipBatches(data.clips, data.keys, data.wanted, data.backbone, 2, data.stamps)
+    return ClipBatches(data.clips, data.keys, data.wanted, [data.wanted], data.backbone, data.stamps)
 
 
 def test_what_another_node_keeps_to_itself_is_told_with_the_way_out(tones, tiny_lalm, tmp_path, monkeypatch):
@@ -284,9 +404,10 @@ def tone_shards(tones, tmp_path_factory) -> Path:
     return folder / "tar"
 
 
-def extract_shards(shards: Path, model: str, root: Path, **options: object) -> None:
+def extract_shards(shards: Path, model: str, root: Path, num_workers: int = 2, **options: object) -> None:
     pytest.importorskip("webdataset")
-    data = AudioEpisodeDataModule(Shards(str(shards)), Backbone(model), batch_size=2, store=str(root))
+    recipe = Shards(str(shards))
+    data = AudioEpisodeDataModule(recipe, Backbone(model), batch_size=2, store=str(root), num_workers=num_workers)
     module = CalmModule({"sav": SAV()}, "sav")
     CalmTrainer(**QUIET, **{"devices": 1, **options}).extract(module, data)
 
@@ -320,6 +441,38 @@ def test_an_extraction_tells_once_of_clips_that_are_cut(tiny_lalm, tmp_path):
         with pytest.warns(UserWarning, match="2 of 3 clips are longer") as told:
             CalmTrainer(**QUIET, devices=1).extract(CalmModule({"sav": SAV()}, "sav"), data)
         assert sum("longer than" in str(warning.message) for warning in told) == 1
+
+
+def test_of_stored_shards_nothing_is_decoded(tone_shards, tiny_lalm, tmp_path, monkeypatch, capsys):
+    decoded, run = [], []
+    load, forward = ClipProcessor.load, FrozenLALM.forward
+    monkeypatch.setattr(ClipProcessor, "load", lambda self, clip: decoded.append(clip) or load(self, clip))
+    monkeypatch.setattr(FrozenLALM, "forward", lambda self, inputs: run.append(1) or forward(self, inputs))
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
+    assert (len(decoded), len(run)) == (10, 5)
+    told = capsys.readouterr().out.splitlines()[-2:]
+    decoded.clear()
+    run.clear()
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
+    assert (len(decoded), len(run)) == (1, 0)  # that which is no sound
+    assert capsys.readouterr().out.splitlines()[-2:] == told  # it is named again
+
+
+def test_a_shard_with_a_missing_clip_is_run_in_the_batches_of_an_unbroken_run(tone_shards, tiny_lalm, tmp_path):
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "unbroken")
+    key = Backbone(tiny_lalm).store_key()
+    whole, broken = (HeadStore(key, tmp_path / name) for name in ("unbroken", "broken"))
+    load = Backbone(tiny_lalm).clip_processor().load
+    keys = [item.key for item in ShardClips(str(tone_shards), load) if isinstance(item, ShardClip)]
+    broken.write(keys[1:6], whole.read(keys[1:6]))
+    extract_shards(tone_shards, tiny_lalm, tmp_path / "broken")
+    assert torch.equal(broken.read(keys), whole.read(keys))
+
+
+def test_large_files_are_not_gathered(tone_shards, tiny_lalm, monkeypatch):
+    monkeypatch.setattr(stream, "SORTED_BYTES", 0)
+    batches = list(ShardBatches([str(tone_shards)], Backbone(tiny_lalm), batch_size=4))
+    assert [len(batch) for batch in batches] == [1] * 9 + [0]
 
 
 def listen(recipe: Recipe, model: str, folder: Path, store: str, fit: bool = False, **devices: object) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import tempfile
@@ -17,7 +18,10 @@ from torch import Tensor
 from calm_pl.clip import Clip
 from calm_pl.headstore import HeadStore, HeadStoreError, clip_key, file_digest, store_root
 from calm_pl.headstore import store as store_module
+from calm_pl.headstore.index import ShardIndex
 from calm_pl.headstore.inventory import delete, list_stores, tidy
+from calm_pl.headstore.plans import KEPT
+from calm_pl.headstore.store import MERGE_EVERY
 
 KEY = {"backbone": "tiny", "prompt": "What sound is this?"}
 K, D = 3, 4
@@ -208,6 +212,50 @@ def test_a_writer_that_merges_keeps_what_another_wrote_before(tmp_path: Path) ->
     assert torch.equal(HeadStore(KEY, tmp_path).read(["both"]), one.read(["both"]))
 
 
+class OnlyByKey(dict[str, Any]):
+    """A dict that nobody may walk through."""
+
+    def refuse(self, *_: object) -> Any:
+        raise AssertionError("walked through the whole store")
+
+    __iter__ = keys = values = items = clear = refuse  # type: ignore[assignment]
+
+
+def test_a_write_looks_at_its_own_clips_however_many_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HeadStore(KEY, tmp_path).write([f"old {index}" for index in range(5000)], heads(5000))
+    store = HeadStore(KEY, tmp_path)
+    assert len(store) == 5000
+    index = store._index
+    index._places = OnlyByKey(index._places)
+    rows: list[int] = []
+    add = ShardIndex.add
+    monkeypatch.setattr(ShardIndex, "add", lambda self, shard: rows.append(len(shard.keys)) or add(self, shard))
+    for step in range(MERGE_EVERY):
+        store.write([f"{step}a", f"{step}b"], heads(2, step))
+    assert len(shards(store)) == 2
+    assert sum(rows) == 2 * MERGE_EVERY + 2 * MERGE_EVERY  # as written, and as merged
+    assert torch.equal(store.read(["7a", "7b", "old 0"]), torch.cat([heads(2, 7), heads(5000)[:1]]).half().float())
+
+
+def test_two_that_merge_the_same_shards_lose_nothing(tmp_path: Path) -> None:
+    one, other = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
+    for index in range(3):
+        one.write([str(index)], heads(1, index))
+    first = shards(one)[0]
+    first = first.rename(first.with_name(f"{first.name.split('-')[0]}-{'0' * 16}.safetensors"))  # sorts before a merge
+    sources = {path: path.read_bytes() for path in shards(one)}
+    assert len(other) == 3
+    one.compact()
+    for path, content in sources.items():  # `one` has written its merge and not yet deleted these
+        path.write_bytes(content)
+    other._index.merge([path.name for path in sources])
+    assert first not in shards(one)
+    for store in (one, other, HeadStore(KEY, tmp_path)):
+        assert torch.equal(store.read(["0", "1", "2"]), torch.cat([heads(1, index) for index in range(3)]).half())
+
+
 OPERATIONS = st.tuples(
     st.integers(0, 2),
     st.one_of(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=4), st.sampled_from(["compact", "look"])),
@@ -235,6 +283,54 @@ def test_any_interleaving_of_writers_reads_back_what_was_written_first(operation
             assert {"abcdefgh"[index] for index in missing} == set("abcdefgh") - set(first)
             if first:
                 assert torch.equal(store.read(list(first)), torch.stack(list(first.values())))
+
+
+# Plans
+
+
+def plan(store: HeadStore, keys: list[str], batch_size: int = 2) -> list[list[str]]:
+    def split(rows: list[int]) -> list[list[int]]:
+        return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+
+    batches = store.planned_batches(keys, store.missing(keys), batch_size, split)
+    return [[keys[index] for index in batch] for batch in batches]
+
+
+def plan_files(store: HeadStore) -> list[Path]:
+    return sorted(store.folder.glob("plan-*.json"))
+
+
+def test_batches_that_were_planned_are_taken_whole_until_all_of_the_plan_is_held(tmp_path: Path) -> None:
+    store, other = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
+    assert plan(store, list("abcde")) == [["a", "b"], ["c", "d"], ["e"]]
+    store.write(["a", "b", "d"], heads(3))
+    assert plan(other, list("edcba")) == [["c", "d"], ["e"]]  # whatever the order
+    assert plan(other, list("eca")) == [["e"], ["c"]]  # d is not here
+    assert plan(other, list("xcda")) == [["c", "d"], ["x"]]
+    assert plan(other, list("abcde"), batch_size=3) == [["c", "e"]]
+    assert plan(other, list("ab")) == []
+    store.write(["c", "e"], heads(2))
+    assert plan(store, ["x", "y"]) == [["x"], ["y"]]
+    assert len(plan_files(store)) == 2  # of x, of y
+
+
+def test_plans_that_are_never_finished_do_not_gather(tmp_path: Path) -> None:
+    store = HeadStore(KEY, tmp_path)
+    for index in range(KEPT + 10):
+        plan(store, [str(index)])
+    assert len(plan_files(store)) == KEPT + 1
+    assert plan(store, ["73", "x"]) == [["73"], ["x"]]
+
+
+def test_a_folder_that_takes_no_plan_is_planned_for_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "read-only")
+
+    monkeypatch.setattr("calm_pl.headstore.plans.write_atomically", refuse)
+    monkeypatch.setattr("calm_pl.headstore.store.write_atomically", refuse)
+    assert plan(HeadStore(KEY, tmp_path), ["a", "b", "c"]) == [["a", "b"], ["c"]]
 
 
 # Damage

@@ -26,8 +26,7 @@ LABELS_PER_PASS = 32
 def label_log_likelihoods(lalm: FrozenLALM, inputs: LALMInputs, labels: Sequence[str]) -> Tensor:
     """Mean log-likelihood per token of each label as the answer (B, C), float32, on the model's device.
 
-    Audio and prompt run once; their key-value cache is shared by all labels, in every family that is served (decoders
-    of state-space layers are not).
+    Audio and prompt run once; their cache is shared by all labels.
 
     Raises:
         BackboneError: the model is an encoder-decoder (it transcribes and answers no questions), or prompts are padded
@@ -125,7 +124,9 @@ def _continuations(lalm: FrozenLALM, mask: Tensor, cache: object, first_BV: Tens
     log_p_BCT[:, :, 0] = first_BV[:, tokens_CT[:, 0]]
     if T > 1:
         shared = copy.deepcopy(cache)
-        shared.batch_repeat_interleave(C)  # type: ignore[attr-defined]  # transformers.Cache
+        # By which beam search picks rows: `batch_repeat_interleave` forgets the states of layers that keep some.
+        rows_R = torch.arange(B, device=first_BV.device).repeat_interleave(C)
+        shared.reorder_cache(rows_R)  # type: ignore[attr-defined]  # transformers.Cache
         ids_RT = tokens_CT.clamp_min(0).repeat(B, 1)  # R = B * C rows, labels innermost as in the repeated cache
         mask_R = torch.cat([mask.repeat_interleave(C, 0), real_CT.repeat(B, 1).to(mask.dtype)], dim=1)
         logits = lalm.model(

@@ -23,7 +23,6 @@ from calm_pl.backbone.hooks import HeadCapture, capture_heads
 from calm_pl.backbone.placement import Quantization, load_adapter, placement
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInputs, LongClips, PaddingSide
-from calm_pl.backbone.states import repeat_states  # noqa: F401  # installs it
 from calm_pl.backbone.structure import Heads, find_head_sites
 from calm_pl.backbone.window import shorter_encoder
 from calm_pl.clip import Clip, length_batches

@@ -29,6 +29,7 @@ from calm_pl.clip import Clip
 from calm_pl.headstore import clip_key
 
 T = TypeVar("T")
+Files = dict[str, bytes]
 
 _KNOWN = ("label", "split", "group", "question", "options")
 _VIDEO = ".video"  # before the suffix of a file that a clip names as its video
@@ -39,11 +40,11 @@ _END_MARK = bytes(1024)  # what an uncompressed tar archive ends with (POSIX ust
 
 @dataclass(frozen=True)
 class ShardClip(Generic[T]):
-    """One clip of a shard, decoded.
+    """One clip of a shard.
 
     Attributes:
         clip: `audio` and `video` are the shard's address and the member's name; nothing lies there on disk.
-        content: what was decoded of it.
+        content: what was decoded of it; before that, its files' bytes by `audio` and `video` (`Files`).
         key: the clip's key in a `HeadStore`; the same as of files with the same bytes.
     """
 
@@ -53,7 +54,7 @@ class ShardClip(Generic[T]):
 
 
 class ShardClips(IterableDataset[ShardClip[T] | AudioError]):
-    """Streams the clips of tar shards; memory holds one clip at a time.
+    """Streams the decoded clips of tar shards; memory holds one clip at a time.
 
     A clip that cannot be used, and a shard that cannot be opened or ends early, comes as an `AudioError` that names
     it, so that whoever loops can count it; the stream goes on with the next.
@@ -85,24 +86,25 @@ class ShardClips(IterableDataset[ShardClip[T] | AudioError]):
 
     def __iter__(self) -> Iterator[ShardClip[T] | AudioError]:
         for shard in self.shards():
-            yield from shard
+            for item in shard:
+                yield item if isinstance(item, AudioError) else decoded(item, self.load)
 
-    def shards(self) -> Iterator[Iterator[ShardClip[T] | AudioError]]:
-        """The clips of each shard that is this process's; one shard at a time."""
+    def shards(self) -> Iterator[Iterator[ShardClip[Files] | AudioError]]:
+        """The clips of each shard that is this process's, not decoded yet; one shard at a time."""
         rank, world_size = self.share
         urls = self.urls[rank::world_size]
         if worker := get_worker_info():
             urls = urls[worker.id :: worker.num_workers]
         return map(self._shard, urls)
 
-    def _shard(self, url: str) -> Iterator[ShardClip[T] | AudioError]:
+    def _shard(self, url: str) -> Iterator[ShardClip[Files] | AudioError]:
         try:
             for sample, members in groupby(_members(url), key=lambda member: member[0]):
                 yield self._clip(f"{url}/{sample}", {suffix: data for _, suffix, data in members})
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             yield AudioError(url, f"the shard cannot be read to its end ({error}); the rest of its clips is missing")
 
-    def _clip(self, name: str, members: Mapping[str, bytes]) -> ShardClip[T] | AudioError:
+    def _clip(self, name: str, members: Mapping[str, bytes]) -> ShardClip[Files] | AudioError:
         heard, seen = _heard_and_seen(members, self.pictures)
         if heard is None:
             return AudioError(name, f"no sound and no film among its members ({', '.join(members)})")
@@ -110,18 +112,25 @@ class ShardClips(IterableDataset[ShardClip[T] | AudioError]):
             clip = Clip(name + heard, video=seen and name + seen, **_fields(members))
         except (ValueError, TypeError) as error:
             return AudioError(name + heard, f"its JSON does not describe a clip: {error}")
-        with tempfile.TemporaryDirectory() as folder:
-            # The decoders look at a file from several sides, so they get files.
-            files = {suffix: os.path.join(folder, f"clip{suffix}") for suffix in (heard, seen) if suffix}
-            for suffix, file in files.items():
-                Path(file).write_bytes(members[suffix])
-            try:
-                content = self.load(replace(clip, audio=files[heard], video=seen and files[seen]))
-            except AudioError as error:
-                bad = next(suffix for suffix, file in files.items() if file == error.path)
-                return AudioError(name + bad, error.reason)
-        digests = {suffix: hashlib.sha256(members[suffix]).hexdigest() for suffix in files}
-        return ShardClip(clip, content, clip_key(clip, digests[heard], digests[seen] if seen else None))
+        files = {name + suffix: members[suffix] for suffix in (heard, seen) if suffix}
+        digests = {address: hashlib.sha256(data).hexdigest() for address, data in files.items()}
+        return ShardClip(clip, files, clip_key(clip, digests[clip.audio], digests[clip.video] if clip.video else None))
+
+
+def decoded(item: ShardClip[Files], load: Callable[[Clip], T]) -> ShardClip[T] | AudioError:
+    """Decode one clip; the error of one that cannot be used names the shard and the member."""
+    clip = item.clip
+    with tempfile.TemporaryDirectory() as folder:
+        # The decoders look at a file from several sides, so they get files.
+        paths: dict[str, str] = {}
+        for address, data in item.content.items():
+            paths[address] = os.path.join(folder, f"clip{len(paths)}{os.path.splitext(address)[1]}")
+            Path(paths[address]).write_bytes(data)
+        try:
+            content = load(replace(clip, audio=paths[clip.audio], video=clip.video and paths[clip.video]))
+        except AudioError as error:
+            return AudioError(next(address for address, path in paths.items() if path == error.path), error.reason)
+    return ShardClip(clip, content, item.key)
 
 
 def _heard_and_seen(members: Mapping[str, bytes], pictures: bool) -> tuple[str | None, str | None]:

@@ -1,13 +1,14 @@
 """Clips streamed to the backbone: decoded and turned into inputs by worker processes, batch by batch.
 
-Which clips form a batch depends on the clips and the batch size alone, never on what is already stored or how many
-ranks and workers there are; so an extraction that was killed, or that ran on more devices, gives the same numbers.
+Which clips form a batch decides the last bits of their head outputs. It does not depend on how many ranks and workers
+there are, and a run that goes on after a kill takes the batches planned before it (`HeadStore.planned_batches`), so
+they give the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -17,8 +18,8 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone.content import Media
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import Clip, length_batches
-from calm_pl.data.shards import ShardClip, ShardClips
+from calm_pl.clip import Clip
+from calm_pl.data.shards import Files, ShardClip, ShardClips, decoded
 from calm_pl.headstore import HeadStore, Stamp, file_stamp
 
 BatchSize = int | Literal["auto"]
@@ -26,7 +27,10 @@ BatchSize = int | Literal["auto"]
 DEFAULT_BATCH_SIZE = 8
 # Batches' worth of a shard's clips that are sorted by length together; this many are in a worker's memory at once.
 SORTED_BATCHES = 4
+# Fewer are sorted together where their files are larger than this: of whole films, memory would not hold so many.
+SORTED_BYTES = 1 << 30
 
+ShardFiles = ShardClip[Files] | AudioError
 T = TypeVar("T")
 
 
@@ -60,12 +64,11 @@ class ClipBatches(Dataset[ClipBatch]):
     """Batches of files. One item is one whole batch, so that a worker does all of its decoding and features.
 
     Args:
-        clips: all clips of the run; they alone decide the batches.
+        clips: all clips of the run.
         keys: of all clips.
-        wanted: positions that are to be computed; a batch without one is left out, one with some is run whole
-            (its other clips decide the padding, and so the last bits).
+        wanted: positions that are to be computed.
+        batches: positions; each batch is run whole, with clips that are not wanted for their neighbours' sake.
         backbone: whose processor makes the inputs.
-        batch_size: clips a batch.
         stamps: of the clips' files when their keys were made, see `file_stamps`; a clip whose file changed is an error,
             else other bytes would be kept under its key.
     """
@@ -75,18 +78,16 @@ class ClipBatches(Dataset[ClipBatch]):
         clips: Sequence[Clip],
         keys: Sequence[str],
         wanted: Sequence[int],
+        batches: list[list[int]],
         backbone: Backbone,
-        batch_size: int,
         stamps: Mapping[str, Stamp | None] | None = None,
     ) -> None:
         self.clips = clips
         self.keys = keys
         self.wanted = frozenset(wanted)
+        self.batches = batches
         self.backbone = backbone
         self.stamps = stamps or {}
-        # Headers of a complete set are not even read.
-        planned = length_batches(clips, batch_size) if wanted else []
-        self.batches = [batch for batch in planned if self.wanted.intersection(batch)]
         self._processor: ClipProcessor | None = None
 
     def __len__(self) -> int:
@@ -95,21 +96,25 @@ class ClipBatches(Dataset[ClipBatch]):
     def __getitem__(self, item: int) -> ClipBatch:
         if self._processor is None:  # built in the worker, once
             self._processor = self.backbone.clip_processor()
-        media: dict[int, list[Media]] = {}
+        batch = self.batches[item]
+        loaded: dict[int, list[Media]] = {}
         errors: list[str] = []
-        for index in self.batches[item]:
+        for index in sorted(batch, key=lambda index: index not in self.wanted):
+            if index not in self.wanted and not loaded:
+                break  # of the wanted, none can be used
             try:
-                loaded = self._processor.load(self.clips[index])
+                media = self._processor.load(self.clips[index])
                 self._check_unchanged(self.clips[index])
             except AudioError as error:
                 errors.append(str(error))
             else:
-                media[index] = loaded
-        if not self.wanted.intersection(media):
+                loaded[index] = media
+        if not loaded:
             return ClipBatch([], [], None, errors)
-        clips = [self.clips[i] for i in media]
-        keys = [self.keys[i] if i in self.wanted else None for i in media]
-        return ClipBatch(clips, keys, self._processor(clips, list(media.values())), errors)
+        usable = [index for index in batch if index in loaded]
+        clips = [self.clips[i] for i in usable]
+        keys = [self.keys[i] if i in self.wanted else None for i in usable]
+        return ClipBatch(clips, keys, self._processor(clips, [loaded[i] for i in usable]), errors)
 
     def _check_unchanged(self, clip: Clip) -> None:
         for file in _files(clip):
@@ -142,7 +147,8 @@ class ShardBatches(IterableDataset[ClipBatch]):
         urls: the shards, see `ShardClips`.
         backbone: whose processor makes the inputs.
         batch_size: clips a batch.
-        store: batches that it holds already are left out; None runs everything.
+        store: batches that it holds already are left out, and clips that no such batch needs are not decoded; None
+            runs everything.
         share: (rank, world size): the shards are dealt to ranks, and a rank's to its workers.
     """
 
@@ -169,25 +175,45 @@ class ShardBatches(IterableDataset[ClipBatch]):
 
         stream = ShardClips(self.urls, load, processor.content.sees, self.share)
         for shard in stream.shards():
-            while read := list(islice(shard, SORTED_BATCHES * self.batch_size)):
-                yield from self._sorted_batches(read, processor)
+            for read in self._sorted_together(shard):
+                yield from self._sorted_batches(read, processor, load)
+
+    def _sorted_together(self, shard: Iterator[ShardFiles]) -> Iterator[list[ShardFiles]]:
+        read: list[ShardFiles] = []
+        size = 0
+        for item in shard:
+            read.append(item)
+            size += 0 if isinstance(item, AudioError) else sum(map(len, item.content.values()))
+            if len(read) == SORTED_BATCHES * self.batch_size or size > SORTED_BYTES:
+                yield read
+                read, size = [], 0
+        if read:
+            yield read
 
     def _sorted_batches(
-        self, read: Sequence[ShardClip[Loaded] | AudioError], processor: ClipProcessor
+        self, read: Sequence[ShardFiles], processor: ClipProcessor, load: Callable[[Clip], Loaded]
     ) -> Iterator[ClipBatch]:
         errors = [str(item) for item in read if isinstance(item, AudioError)]
-        items = [item for item in read if isinstance(item, ShardClip)]
-        items.sort(key=lambda item: -sum(map(_size, item.content.media)))
-        keys = [item.key for item in items]
-        wanted = set(range(len(items)) if self.store is None else self.store.missing(keys))
-        for begin in range(0, len(items), self.batch_size):
-            batch = items[begin : begin + self.batch_size]
-            kept = [key if begin + row in wanted else None for row, key in enumerate(keys[begin:][: len(batch)])]
-            if any(kept):
-                clips = [item.clip for item in batch]
-                inputs = processor(clips, [item.content.media for item in batch])
-                yield ClipBatch(clips, kept, inputs, errors, sum(item.content.is_cut for item in batch))
-                errors = []
+        found = [item for item in read if isinstance(item, ShardClip)]
+        keys = [item.key for item in found]
+        # Of clips with the same bytes only one is to be kept, but each that cannot be used is to be named.
+        kept = set(range(len(keys)) if self.store is None else self.store.missing(keys))
+        missing = {keys[index] for index in kept}
+        loaded = {i: decoded(item, load) for i, item in enumerate(found) if item.key in missing}
+        errors += [str(item) for item in loaded.values() if isinstance(item, AudioError)]
+        if any(isinstance(loaded[index], ShardClip) for index in kept):
+            # The others' lengths decide who shares a batch with those that are missing, and so their last bits.
+            loaded |= {i: decoded(item, load) for i, item in enumerate(found) if i not in loaded}
+            items = [(i, item) for i in range(len(found)) if isinstance(item := loaded[i], ShardClip)]
+            items.sort(key=lambda pair: -sum(map(_size, pair[1].content.media)))
+            for begin in range(0, len(items), self.batch_size):
+                batch = items[begin : begin + self.batch_size]
+                batch_keys = [item.key if i in kept else None for i, item in batch]
+                if any(batch_keys):
+                    clips = [item.clip for _, item in batch]
+                    inputs = processor(clips, [item.content.media for _, item in batch])
+                    yield ClipBatch(clips, batch_keys, inputs, errors, sum(item.content.is_cut for _, item in batch))
+                    errors = []
         if errors:
             yield ClipBatch([], [], None, errors)
 

@@ -36,11 +36,12 @@ class ShardIndex:
         self.corrupt: set[str] = set()  # remembered because a read-only folder goes on showing them
         self._shards: dict[str, Shard] = {}
         self._places: dict[str, tuple[str, int]] = {}
+        self._others: dict[str, list[tuple[str, int]]] = {}  # places that do not count while `_places` has a better one
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._places
 
     def any_shard(self) -> Shard | None:
@@ -73,10 +74,15 @@ class ShardIndex:
     def add(self, shard: Shard) -> None:
         """Count on a shard that lies in the folder."""
         name = shard.path.name
+        self._forget([name])
         self._shards[name] = shard
         for row, key in enumerate(shard.keys):
-            if key not in self._places or name < self._places[key][0]:
-                self._places[key] = (name, row)
+            place = (name, row)
+            if key in self._places:
+                best, other = sorted([self._places[key], place])
+                self._others.setdefault(key, []).append(other)
+                place = best
+            self._places[key] = place
 
     def gather(self, keys: Sequence[str], heads_NKD: Tensor) -> None:
         """Copy the clips' head outputs into `heads_NKD`, in the order of the keys, all of which are held.
@@ -131,22 +137,22 @@ class ShardIndex:
         names = sorted(names)
         if len(names) < 2 or not self._shards.keys() >= set(names):
             return
-        rows: dict[str, list[int]] = {name: [] for name in names}
-        for name, row in self._places.values():
-            if name in rows:
-                rows[name].append(row)
         keys: list[str] = []
         parts: list[Tensor] = []
         try:
-            for name, kept in rows.items():
+            for name in names:
                 with self._losing(name):
-                    keys += [self._shards[name].keys[row] for row in kept]
-                    parts.append(self._shards[name].rows(kept))
+                    shard = self._shards[name]
+                    rows = [row for row, key in enumerate(shard.keys) if self._places[key] == (name, row)]
+                    keys += [shard.keys[row] for row in rows]
+                    parts.append(shard.rows(rows))
         except ShardLostError:
             return
         head_names = self._shards[names[0]].head_names
         if keys:
-            sources = hashlib.sha256("".join(names).encode()).hexdigest()
+            # Of names and clips, so that a file which another process made of the same shards is replaced by none
+            # that holds less.
+            sources = hashlib.sha256("".join([*names, *keys]).encode()).hexdigest()
             merged = self.folder / f"{names[0].split('-')[0]}-{sources[:16]}{SUFFIX}"
             self.add(write_shard(merged, keys, torch.cat(parts), head_names, durable=True))
         for name in names:
@@ -162,11 +168,14 @@ class ShardIndex:
         return held
 
     def _forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._shards.pop(name, None)
-        self._places.clear()
-        for shard in self._shards.values():
-            self.add(shard)
+        """Count on some shards no longer. Only their own clips are looked at: a store may hold millions."""
+        lost = {name: shard for name in names if (shard := self._shards.pop(name, None))}
+        for key in {key for shard in lost.values() for key in shard.keys}:
+            places = [self._places.pop(key), *self._others.pop(key, [])]
+            if kept := sorted(place for place in places if place[0] not in lost):
+                self._places[key], *others = kept
+                if others:
+                    self._others[key] = others
 
     @contextlib.contextmanager
     def _losing(self, name: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from calm_pl.headstore.digests import file_digests
 from calm_pl.headstore.files import HeadStoreError, make_folder, remove_abandoned, store_root, write_atomically
 from calm_pl.headstore.index import ShardIndex, ShardLostError
+from calm_pl.headstore.plans import planned_batches
 from calm_pl.headstore.shard import SUFFIX, Shard, write_shard
 
 if TYPE_CHECKING:
@@ -123,6 +124,16 @@ class HeadStore:
         self._index.verify(keys)
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         return sorted(index for key, index in first.items() if key not in self._index)
+
+    def planned_batches(
+        self, keys: Sequence[str], wanted: Sequence[int], batch_size: int, split: Callable[[list[int]], list[list[int]]]
+    ) -> list[list[int]]:
+        """Batches in which to compute the wanted of some clips, the same after a kill; see `plans.planned_batches`."""
+        if not wanted:
+            return []
+        with contextlib.suppress(OSError, HeadStoreError):  # whoever writes head outputs will say so
+            self._create()
+        return planned_batches(self.folder, keys, wanted, batch_size, split, self._index)
 
     def read(self, keys: Sequence[str]) -> Tensor:
         """Head outputs in the order of `keys`: N x K x D float32, gathered from memory-mapped shards.

@@ -21,7 +21,7 @@ from calm_pl.audio import AudioError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import Clip
+from calm_pl.clip import Clip, length_batches
 from calm_pl.data.stream import (
     DEFAULT_BATCH_SIZE,
     BatchSize,
@@ -155,7 +155,7 @@ class ClipDataModule(L.LightningDataModule):
     """The clips whose head outputs are missing, for ``Trainer.predict(HeadExtraction(...))``.
 
     Args:
-        clips: all clips of the run; with the batch size they decide the batches.
+        clips: all clips of the run.
         backbone: whose processor makes the inputs.
         store: where head outputs are kept; what it lacks is computed.
         batch_size: clips a forward pass; ``auto`` finds what fits the GPU.
@@ -183,6 +183,7 @@ class ClipDataModule(L.LightningDataModule):
         self.keys: list[str] = []
         self.stamps: dict[str, Stamp | None] = {}
         self.wanted: list[int] = []
+        self.batches: list[list[int]] | None = None
         self.clips_of_this_rank: int | None = None
         self._processor: ClipProcessor | None = None
 
@@ -209,15 +210,31 @@ class ClipDataModule(L.LightningDataModule):
             return str(error)
         return None
 
+    def plan(self, trainer: L.Trainer, extraction: L.LightningModule) -> None:
+        """Decide the batches. Rank 0 does, for all: another process may write between two ranks' looks at the store."""
+        self.wanted = trainer.strategy.broadcast(self.wanted)
+        self.batches = []
+        if not self.wanted:
+            return
+        size = chosen_batch_size(trainer, extraction, self.clips) if self.batch_size == "auto" else self.batch_size
+        if trainer.is_global_zero:
+            self.batches = self.store.planned_batches(self.keys, self.wanted, size, lambda new: self._split(new, size))
+        self.batches = trainer.strategy.broadcast(self.batches)
+
+    def _split(self, positions: list[int], size: int) -> list[list[int]]:
+        batches = length_batches([self.clips[index] for index in positions], size)
+        return [[positions[row] for row in batch] for batch in batches]
+
     def predict_dataloader(self) -> DataLoader[ClipBatch]:
         trainer = self.trainer
         assert trainer is not None
-        size = self.batch_size
-        if size == "auto":
-            size = chosen_batch_size(trainer, trainer.lightning_module, self.clips if self.wanted else [])
-        batches = ClipBatches(self.clips, self.keys, self.wanted, self.backbone, size, self.stamps)
-        if self.share is not None:
-            batches.batches = batches.batches[self.share[0] :: self.share[1]]
+        if self.batches is None:
+            self.plan(trainer, trainer.lightning_module)
+        assert self.batches is not None
+        share, shares = self.share or (0, 1)
+        batches = ClipBatches(
+            self.clips, self.keys, self.wanted, self.batches[share::shares], self.backbone, self.stamps
+        )
         self.clips_of_this_rank = sum(map(len, batches.batches)) // trainer.world_size
         return stream_loader(batches, self.num_workers, pin_memory=_on_gpu(trainer))
 
@@ -284,11 +301,11 @@ def extract_missing(
     data = ClipDataModule(clips, extraction.backbone, store, batch_size, num_workers, share)
     data.setup()
     trainer.strategy.barrier("head store read")
-    if not data.wanted:
-        return {}
     if batch_size == "auto":
         extraction.trainer = trainer
-        data.batch_size = chosen_batch_size(trainer, extraction, clips)
+    data.plan(trainer, extraction)
+    if not data.wanted:
+        return {}
     device = trainer.strategy.root_device
     progress = ExtractionProgress(shows_progress(trainer))
     # The ranks are there already: each runs a Trainer of its own on its own device.
