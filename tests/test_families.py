@@ -408,6 +408,7 @@ def test_a_checkpoints_own_code_is_run_only_where_it_is_trusted(own_config, tiny
     assert "own.py" in spec.fingerprint() and "own.py" not in replace(spec, trust_remote_code=False).fingerprint()
     own = FrozenLALM.from_pretrained(str(folder), trust_remote_code=True)
     assert type(own.model).__module__.startswith("transformers_modules")
+    assert inspect_checkpoint(str(folder), trust_remote_code=True).model == "OwnAudio"
     expected = FrozenLALM.from_pretrained(tiny_lalm).head_outputs(clips[:1])
     torch.testing.assert_close(own.head_outputs(clips[:1]), expected)
 
@@ -419,3 +420,15 @@ def test_own_code_that_lacks_its_class_is_named(tiny_lalm, tmp_path, monkeypatch
     (tmp_path / "own.py").write_text(OWN_CODE)
     with pytest.raises(BackboneError, match=r"some/model brings its own class own.Missing, which cannot be loaded"):
         model_class_of(config, "some/model", tmp_path, trust_remote_code=True)
+
+
+def test_a_processors_own_code_is_run_only_where_it_is_trusted(tiny_lalm, tmp_path):
+    folder = Path(shutil.copytree(tiny_lalm, tmp_path / "own"))
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.exists():
+            settings = json.loads(file.read_text()) | {"processor_class": "OwnProcessor"}
+            file.write_text(json.dumps(settings | {"auto_map": {"AutoProcessor": "own.OwnProcessor"}}))
+    with pytest.raises(BackboneError, match="comes with Python code of its own.*trust_remote_code true") as refusal:
+        inspect_checkpoint(str(folder))
+    assert "\n" not in str(refusal.value)

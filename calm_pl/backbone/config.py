@@ -53,7 +53,7 @@ def load_config(
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         if not trust_remote_code and _brings_code(checkpoint):
-            raise _untrusted(name or checkpoint) from error
+            raise untrusted(name or checkpoint) from error
         raise BackboneError(
             f"transformers {transformers.__version__} cannot read the config in {checkpoint}: {error}"
         ) from error
@@ -92,7 +92,7 @@ def model_class_of(
         known = (getattr(transformers, architecture, None) for architecture in config.architectures or [])
         model_class = next((found for found in known if found is not None), None)
     if model_class is None and not trust_remote_code and getattr(config, "auto_map", None):
-        raise _untrusted(name)
+        raise untrusted(name)
     if model_class is None:
         raise BackboneError(
             f"{name} names no model class that transformers {transformers.__version__} knows "
@@ -149,9 +149,10 @@ def _brings_code(checkpoint: os.PathLike[str]) -> bool:
         return False
 
 
-def _untrusted(name: str | os.PathLike[str]) -> BackboneError:
+def untrusted(name: str | os.PathLike[str]) -> BackboneError:
+    """The error of a checkpoint that cannot be loaded without running its own code."""
     return BackboneError(
-        f"{name} comes with Python code of its own, for a model that transformers {transformers.__version__} does not "
+        f"{name} comes with Python code of its own, for what transformers {transformers.__version__} does not "
         "know, and such code is run only where it is trusted: read it, then set "
         "--data.backbone.trust_remote_code true."
     )

@@ -45,16 +45,16 @@ class Inspection:
     prompt: str
 
 
-def inspect_checkpoint(path_or_hub_id: str, revision: str | None = None) -> Inspection:
+def inspect_checkpoint(path_or_hub_id: str, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
     """Read config and processor, build the model without memory, and look for its heads.
 
     Raises:
         BackboneError: the checkpoint cannot serve as a backbone; says why in one sentence.
     """
     folder = resolve_checkpoint(path_or_hub_id, revision, weights=False)
-    config = load_config(folder, name=path_or_hub_id)
-    model_class = model_class_of(config, path_or_hub_id)
-    processor = ClipProcessor(folder)
+    config = load_config(folder, trust_remote_code, path_or_hub_id)
+    model_class = model_class_of(config, path_or_hub_id, folder, trust_remote_code)
+    processor = ClipProcessor(folder, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
             model = model_class(getattr(config, "thinker_config", config))

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from calm_pl.audio import AudioError
 from calm_pl.backbone import mistral
+from calm_pl.backbone.config import untrusted
 from calm_pl.backbone.content import Content, Media, Modality
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.window import alone_from, can_be_cut, mixes_from, shorter_features
@@ -137,6 +138,8 @@ class ClipProcessor:
             config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
             self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
+            if not trust_remote_code and "trust_remote_code" in str(error):
+                raise untrusted(checkpoint) from error
             raise BackboneError(f"{checkpoint} has no processor that transformers can load: {error}") from error
         # Granite Speech and Phi-4 call it audio_processor.
         extractor = next((getattr(self.processor, name) for name in EXTRACTORS if hasattr(self.processor, name)), None)

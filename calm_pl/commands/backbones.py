@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run `calm backbones <argv>`. Exit status 1: the checkpoint cannot serve as a backbone."""
     arguments = _parser().parse_args(argv)
-    return _inspect(arguments.path, arguments.revision) if arguments.command else _list()
+    if arguments.command:
+        return _inspect(arguments.path, arguments.revision, arguments.trust_remote_code)
+    return _list()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help=text, description=text)
     inspect.add_argument("path", metavar="PATH", help="a name of the list, a folder, or a hub id")
     inspect.add_argument("--revision", help="branch, tag or commit on the hub")
+    inspect.add_argument("--trust-remote-code", action="store_true", help="run the Python code that comes with it")
     return parser
 
 
@@ -72,14 +75,16 @@ def _gigabytes(size: float) -> str:
     return f"{size:.1f} GB" if size >= 0.1 else f"{1000 * size:.0f} MB"
 
 
-def _inspect(path: str, revision: str | None) -> int:
+def _inspect(path: str, revision: str | None, trust_remote_code: bool) -> int:
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.backbone.inspection import inspect_checkpoint
     from calm_pl.backbone.named import named_backbone
 
     backbone = named_backbone(path)
     try:
-        found = inspect_checkpoint(backbone.path, revision or backbone.revision)
+        found = inspect_checkpoint(
+            backbone.path, revision or backbone.revision, trust_remote_code or backbone.trust_remote_code
+        )
     except BackboneError as error:
         print(f"does not work: {error}", file=sys.stderr)
         return 1
