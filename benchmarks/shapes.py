@@ -73,6 +73,7 @@ def qwen2_audio(shape: Shape, extractor: tf.WhisperFeatureExtractor, folder: Pat
         audio_config={"model_type": "qwen2_audio_encoder", **_encoder(shape)},
         text_config={"model_type": "qwen2", **_decoder(shape)},
         audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        architectures=["Qwen2AudioForConditionalGeneration"],
     )
     config.save_pretrained(folder)
     processor = tf.Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer)
