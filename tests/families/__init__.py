@@ -64,7 +64,9 @@ FAMILIES = {
         sees=True,
     ),
     "muse-spark": Family("muse_spark", seeing.muse_spark, (3, 4, 8), encoder=None, needs=("torchvision",), sees=True),
-    "inkling": Family("inkling_mm_model", seeing.inkling, (3, 4, 8), encoder=None, needs=("torchvision",), sees=True),
+    "inkling": Family(
+        "inkling_mm_model", seeing.inkling, (3, 4, 8), encoder=None, needs=("torchvision", "scipy"), sees=True
+    ),
     "dots3-note": Family("dots3_note", seeing.dots3_note, (3, 4, 8), needs=("torchvision",), sees=True),
     "nemotron-h-omni": Family(
         "nemotron_h_omni",
