@@ -1,0 +1,74 @@
+"""What only a GPU can show: half precision in hardware, the batch size that fits, several devices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.spec import Backbone
+from calm_pl.data.manifest import read_manifest
+from calm_pl.headstore import HeadStore
+from calm_pl.training.extraction import BatchSize, HeadExtraction, arithmetic, extract_missing
+from tests.test_extraction import QUIET
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+ACCELERATOR = "gpu"
+
+
+def extracted(
+    folder: Path, model: str, root: Path, precision: str = "32-true", batch_size: BatchSize = 2
+) -> torch.Tensor:
+    """Head outputs (N, K, D) that one device puts into a store."""
+    clips, backbone = read_manifest(folder), Backbone(model)
+    trainer = L.Trainer(**{**QUIET, "accelerator": ACCELERATOR, "devices": 1, "precision": precision})
+    store = HeadStore(backbone.store_key(arithmetic(precision)), root, dtype="float32")
+    assert not extract_missing(trainer, clips, HeadExtraction(backbone), store, batch_size)
+    return store.read(store.clip_keys(clips))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tones, tiny_lalm) -> torch.Tensor:
+    return FrozenLALM.from_pretrained(tiny_lalm).head_outputs(read_manifest(tones))
+
+
+def test_heads_are_those_of_the_cpu(tones, tiny_lalm, tmp_path, on_cpu):
+    torch.testing.assert_close(extracted(tones, tiny_lalm, tmp_path), on_cpu, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true", "16-mixed"])
+def test_half_precision_turns_heads_little(tones, tiny_lalm, tmp_path, on_cpu, precision):
+    heads_NKD = extracted(tones, tiny_lalm, tmp_path, precision)
+    assert torch.cosine_similarity(heads_NKD, on_cpu, dim=-1).median() > 0.999
+
+
+def test_auto_finds_a_batch_size_and_changes_nothing(tones, tiny_lalm, tmp_path, on_cpu, capfd):
+    heads_NKD = extracted(tones, tiny_lalm, tmp_path, batch_size="auto")
+    torch.testing.assert_close(heads_NKD, on_cpu, atol=1e-3, rtol=0)
+    assert "batch size: " in capfd.readouterr().err
+
+
+def test_weights_of_8_bits_hear(tones, tiny_lalm):
+    pytest.importorskip("bitsandbytes")
+    heads_NKD = Backbone(tiny_lalm, quantization="8bit").load("bfloat16", "cuda").head_outputs(read_manifest(tones))
+    assert heads_NKD.isfinite().all() and not torch.equal(heads_NKD[0], heads_NKD[-1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus_fill_the_store_that_one_fills(tones, tiny_lalm, tmp_path):
+    stores = []
+    for devices in (1, 2):
+        root = tmp_path / str(devices)
+        command = [sys.executable, "-m", "calm_pl", "extract", "--data", "folder", "--data.recipe.init_args.data_dir"]
+        command += [str(tones), "--backbone", tiny_lalm, "--data.store", str(root), "--data.batch_size", "2"]
+        trainer = ["--trainer.accelerator", "gpu", "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
+        subprocess.run([*command, *trainer], check=True)
+        (folder,) = (path.parent for path in root.glob("*/key.json"))
+        stores.append(HeadStore.open(folder))
+    keys = stores[0].clip_keys(read_manifest(tones))
+    assert torch.equal(stores[0].read(keys), stores[1].read(keys))
