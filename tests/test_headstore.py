@@ -292,6 +292,7 @@ def plan(store: HeadStore, keys: list[str], batch_size: int = 2) -> list[list[st
     def split(rows: list[int]) -> list[list[int]]:
         return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
 
+    store.folder.mkdir(parents=True, exist_ok=True)
     batches = store.planned_batches(keys, store.missing(keys), batch_size, split)
     return [[keys[index] for index in batch] for batch in batches]
 

@@ -103,15 +103,13 @@ class HeadStore:
 
     def _digests(self, files: Collection[str]) -> dict[str, str]:
         """Hashes of the files that can be read."""
-        readable: list[str] = []
-        while True:
-            before, readable = readable, [file for file in sorted(files) if os.access(file, os.R_OK)]
-            readable = [file for file in readable if os.path.isfile(file)]
-            try:
-                return dict(zip(readable, file_digests(readable, self.root), strict=True))
-            except OSError:  # one went away since
-                if readable == before:
-                    raise
+        readable = sorted(file for file in files if os.path.isfile(file) and os.access(file, os.R_OK))
+        try:
+            return dict(zip(readable, file_digests(readable, self.root), strict=True))
+        except FileNotFoundError:
+            if all(map(os.path.isfile, readable)):
+                raise
+            return self._digests(readable)  # one went away since
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """Indices of the keys that are not held; of a key that comes twice, only the first.
@@ -128,11 +126,10 @@ class HeadStore:
     def planned_batches(
         self, keys: Sequence[str], wanted: Sequence[int], batch_size: int, split: Callable[[list[int]], list[list[int]]]
     ) -> list[list[int]]:
-        """Batches in which to compute the wanted of some clips, the same after a kill; see `plans.planned_batches`."""
-        if not wanted:
-            return []
-        with contextlib.suppress(OSError, HeadStoreError):  # whoever writes head outputs will say so
-            self._create()
+        """Batches in which to compute the wanted of some clips, the same after a kill; see `plans.planned_batches`.
+
+        Call `prepare` first: without the folder nothing is written down.
+        """
         return planned_batches(self.folder, keys, wanted, batch_size, split, self._index)
 
     def read(self, keys: Sequence[str]) -> Tensor:

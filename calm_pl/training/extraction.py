@@ -333,17 +333,17 @@ def unusable_clips(data: ClipDataModule) -> dict[int, str]:
     Raises:
         HeadStoreError: one can be decoded. What another node wrote may be seen late in a network folder, or never.
     """
-    lost = 0
+    lost: list[int] = []
     for seconds in LOOK_AGAIN_AFTER:
         time.sleep(seconds)
         missing = {data.keys[index] for index in data.store.missing(data.keys)}
         # Files of the same bytes have one key: where one cannot be used, none can.
         reasons = {index: data.why_unusable(index) for index, key in enumerate(data.keys) if key in missing}
-        lost = next((index for index, reason in reasons.items() if reason is None), -1)
-        if lost < 0:
-            return {index: str(reason) for index, reason in reasons.items()}
+        lost = [index for index, reason in reasons.items() if reason is None]
+        if not lost:
+            return {index: reason for index, reason in reasons.items() if reason is not None}
     raise HeadStoreError(
-        f"{data.clips[lost].audio} can be decoded, but its head outputs are not in {data.store.folder}: it changed "
+        f"{data.clips[lost[0]].audio} can be decoded, but its head outputs are not in {data.store.folder}: it changed "
         "while this ran, or another node wrote them to a folder of its own. Run it again, or set CALM_STORE to a "
         "folder that all nodes share."
     )
