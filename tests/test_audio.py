@@ -105,6 +105,14 @@ def test_a_wav_written_to_a_pipe_is_not_truncated(tmp_path: Path) -> None:
     assert len(load_audio(path, RATE)) == 2 * RATE
 
 
+def test_an_ogg_file_without_an_end_of_stream_flag_is_not_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE), RATE)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"OggS")])  # as recorders and splitters leave it: whole pages, no flag
+    assert 3 * RATE < len(load_audio(path, RATE)) < 4 * RATE
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_sample_that_is_no_number_is_an_error(tmp_path: Path, value: float) -> None:
     wave = tone()
