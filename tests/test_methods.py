@@ -83,12 +83,22 @@ def test_leaving_out_holds_where_a_clip_spans_a_direction_of_the_metric_alone():
     assert_close(LeaveOneOut(heads, labels, 4, metric).cosines(0.01), expected, atol=0.05, rtol=0.0)
 
 
-def test_no_clip_chooses_the_heads_that_judge_it():
+def test_neither_a_clip_nor_its_classmates_choose_the_heads_that_judge_it():
     heads, labels = make_set(3)
     posteriors = torch.softmax(LeaveOneOut(heads, labels, 4).cosines() / 0.15, -1)
-    for n, reliability in enumerate(reliability_without(posteriors, labels)):
-        rest = torch.arange(len(labels)) != n
-        assert_close(reliability, F.global_reliability(posteriors[rest], labels[rest]))
+    for label, reliability in zip(labels, reliability_without(posteriors, labels), strict=True):
+        others = labels != label
+        assert_close(reliability, F.global_reliability(posteriors[others], labels[others]))
+
+
+def test_trust_in_heads_is_no_sharper_than_the_clips_of_a_class():
+    """One head hears, the others guess: the sharper the trust, the better."""
+    heads, labels = make_set(5, noise=0.7)
+    heads[:, 1:] = torch.randn(heads[:, 1:].shape, generator=torch.Generator().manual_seed(0))
+    few = (torch.arange(len(labels)) % 5) < 2
+    of_five, of_two = LearnedWeights(steps=0), LearnedWeights(steps=0)
+    assert of_five.fit(heads, labels, 4).choices()["likeliest"]["tau_w"] == 1 / 4
+    assert of_two.fit(heads[few], labels[few], 4).choices()["likeliest"]["tau_w"] == 1 / 2
 
 
 def test_heads_that_nobody_judged_count_by_how_far_apart_their_classes_lie():

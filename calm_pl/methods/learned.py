@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from typing_extensions import Self
 
 from calm_pl import functional as F
@@ -28,11 +28,12 @@ from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 CENTRES = (0.5, 1.0)
 TAUS = (0.05, 0.1, 0.2)
-POWERS = (1.0, 0.5, 0.25)
+# A head's reliability to the power n is what n clips in a row would say for it: no power exceeds the clips of a class.
+POWERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT_CENTRE = 0.9
 DEFAULT = {"tau": 0.15, "tau_w": 1.0}
-SPREAD_NOISE = 0.2  # what a head varies with anything but the class, as a share of its squared length
+HEARD_SPREAD = 0.11  # of a head's prototypes, as a share of its squared length: with less it says next to nothing
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
@@ -233,6 +234,8 @@ class LearnedWeights(MetricSpace):
         settings are nearly as likely as the best, which is the best by chance: their mean is the steadier choice.
         """
         found = []
+        sharpest = max(2, len(labels_N) / num_classes)
+        powers = [power for power in POWERS if 1 / power <= sharpest]
         for centre in CENTRES if self.centre is None else (self.centre,):
             left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric.around(centre))
             for shrinkage in SHRINKAGES if self.shrinkage is None else (self.shrinkage,):
@@ -240,7 +243,7 @@ class LearnedWeights(MetricSpace):
                 for tau in TAUS if self.tau is None else (self.tau,):
                     posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
                     reliability_NK = reliability_without(posteriors_NKC, labels_N[clips])
-                    for power in POWERS:
+                    for power in powers:
                         weights_NK = F.head_weights(reliability_NK.T, "margin_clamped", power).T
                         scores_NC = torch.einsum("nkc,nk->nc", posteriors_NKC, weights_NK)
                         setting: dict[str, Any] = {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": power}
@@ -369,17 +372,23 @@ def shared_weights(posteriors_NKC: Tensor, labels_N: Tensor, power: float) -> Te
 
 
 def spread_weights(prototypes_KCD: Tensor) -> Tensor:
-    """Weights of heads that no clip has judged, the same for every class: s / (s + SPREAD_NOISE) over its sum, (K, C),
-    with s the mean square distance of a head's prototypes from their mean; head outputs are of length 1.
+    """Weights of heads that no clip has judged, the same for every class: s^4 / (s^4 + HEARD_SPREAD^4) over its sum,
+    (K, C), with s the mean square distance of a head's prototypes from their mean; head outputs are of length 1.
 
     A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing.
     """
     spread_K1 = prototypes_KCD.var(1, correction=0).sum(1, keepdim=True)
-    weights_K1 = F.head_weights(spread_K1 / (spread_K1 + SPREAD_NOISE), "margin_clamped")
-    return weights_K1.expand(-1, prototypes_KCD.shape[1])
+    fourth_K1 = (spread_K1 / HEARD_SPREAD) ** 4
+    return F.head_weights(fourth_K1 / (1 + fourth_K1), "margin_clamped").expand(-1, prototypes_KCD.shape[1])
 
 
 def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
-    """For every clip GRW's reliabilities by all the others, (N, K): a clip must not choose the heads that judge it."""
+    """For every clip GRW's reliabilities by the clips of all other classes, (N, K).
+
+    A clip must not choose the heads that judge it, nor may its classmates: it is part of the prototype that judges them.
+    """
     evidence_NK = F.clip_evidence(posteriors_NKC, labels_N, "margin_clamped")
-    return (evidence_NK.sum(0) - evidence_NK) / max(1, len(evidence_NK) - 1)
+    of_class_NC = one_hot(labels_N, posteriors_NKC.shape[2]).to(evidence_NK)
+    sums_CK, counts_C = of_class_NC.T @ evidence_NK, of_class_NC.sum(0)
+    others_CK = (sums_CK.sum(0) - sums_CK) / (len(labels_N) - counts_C).clamp_min(1)[:, None]
+    return others_CK[labels_N]
