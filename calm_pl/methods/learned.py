@@ -385,7 +385,7 @@ def spread_weights(prototypes_KCD: Tensor) -> Tensor:
 def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
     """For every clip GRW's reliabilities by the clips of all other classes, (N, K).
 
-    A clip must not choose the heads that judge it, nor may its classmates: it is part of the prototype that judges them.
+    A clip must not choose the heads that judge it, nor may its classmates, whom a prototype judges that it is part of.
     """
     evidence_NK = F.clip_evidence(posteriors_NKC, labels_N, "margin_clamped")
     of_class_NC = one_hot(labels_N, posteriors_NKC.shape[2]).to(evidence_NK)
