@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from calm_pl.backbone.spec import Backbone
+from calm_pl.data.recipes import Folder
+from calm_pl.headstore import HeadStore
+from calm_pl.training.extraction import ClipDataModule, ExtractingTrainer, HeadExtraction, StoreWriter
 from tests.test_extraction import stored
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0")
@@ -66,6 +73,8 @@ def figures(folder: Path) -> dict[str, float]:
 def alone(tones, tiny_lalm, tmp_path_factory) -> Path:
     """What one process leaves."""
     folder = tmp_path_factory.mktemp("alone")
+    (folder / "run").mkdir()
+    (folder / "run" / "hpc_ckpt_1.ckpt").touch()
     finish(start(PYTHON, tones, tiny_lalm, folder))
     return folder
 
@@ -104,3 +113,36 @@ def test_two_nodes_of_slurm(alone, tones, tiny_lalm, tmp_path):
     )
     assert_same(alone, tmp_path, tones, tiny_lalm)
     assert sum("reading heads" in text for text in told) == 1
+
+
+class TakenOffItsNode(L.Callback):
+    """What SLURM sends before the time is up, after the first batch."""
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_job_taken_off_its_node_is_queued_again_and_leaves_no_checkpoint_of_an_extraction(
+    tones, tiny_lalm, tmp_path, monkeypatch
+):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in {**job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    backbone, clips = Backbone(tiny_lalm), Folder(str(tones)).clips()
+    store = HeadStore(backbone.store_key("32-true"), tmp_path / "heads")
+    trainer = ExtractingTrainer(
+        accelerator="cpu", default_root_dir=tmp_path, callbacks=[StoreWriter(store), TakenOffItsNode()],
+        plugins=[SLURMEnvironment()], logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.predict(HeadExtraction(backbone), datamodule=ClipDataModule(clips, backbone, store, batch_size=2))
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert len(store) == len(clips)
+
+
+def test_what_an_interrupted_job_left_to_start_from_goes_when_the_run_is_done(alone):
+    assert [file.name for file in (alone / "run").rglob("*.ckpt")] == ["last.ckpt"]

@@ -94,7 +94,8 @@ class CalmCLI(LightningCLI):
             run_dir = f"{run_dir}-all-folds"
         config.run_dir = str(run_dir)
         self.asked = self.config.clone()
-        config.trainer.default_root_dir = str(run_dir)
+        if self.subcommand != "extract":  # whose work goes to the head store
+            config.trainer.default_root_dir = str(run_dir)
         logger = config.trainer.logger
         if isinstance(logger, Namespace) and logger.init_args.get("save_dir", ".") in (None, ""):
             logger.init_args.save_dir = str(run_dir)
@@ -122,6 +123,9 @@ class CalmCLI(LightningCLI):
             return
         folder = Path(self.trainer.default_root_dir)
         self.trainer.save_checkpoint(folder / LAST_CHECKPOINT)
+        if self.trainer.is_global_zero:
+            for interrupted in folder.glob("hpc_ckpt_*.ckpt"):  # Lightning's, of a SLURM job that went on: it is done
+                interrupted.unlink()
         if self.config[self.subcommand].test_after_fit and self.datamodule.usable("test"):
             self.trainer.test(self.model, self.datamodule, verbose=False)
             self.after_test()

@@ -282,6 +282,17 @@ def chosen_batch_size(trainer: L.Trainer, extraction: L.LightningModule, clips: 
     return trainer.strategy.broadcast(size)
 
 
+class ExtractingTrainer(L.Trainer):
+    """Lightning's Trainer, which saves no checkpoint of an extraction: the head store holds all that was done.
+
+    A job that SLURM takes off a node would leave one otherwise, and the next `fit` in that folder would start from it.
+    """
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.lightning_module, HeadExtraction):
+            super().save_checkpoint(*args, **kwargs)
+
+
 def extract_missing(
     trainer: L.Trainer,
     clips: Sequence[Clip],
@@ -309,7 +320,7 @@ def extract_missing(
     device = trainer.strategy.root_device
     progress = ExtractionProgress(shows_progress(trainer))
     # The ranks are there already: each runs a Trainer of its own on its own device.
-    inner = L.Trainer(
+    inner = ExtractingTrainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
         precision=trainer.precision,

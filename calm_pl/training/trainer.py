@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import lightning as L
-
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Shards
 from calm_pl.data.stream import of_all_ranks
 from calm_pl.headstore import HeadStore
 from calm_pl.training.extraction import (
     ClipDataModule,
+    ExtractingTrainer,
     HeadExtraction,
     ShardDataModule,
     StoreWriter,
@@ -19,7 +18,7 @@ from calm_pl.training.module import CalmModule
 from calm_pl.training.progress import ExtractionProgress, shows_progress
 
 
-class CalmTrainer(L.Trainer):
+class CalmTrainer(ExtractingTrainer):
     """``Trainer`` whose ``extract`` fills the head store by ``predict``; everything else is Lightning's."""
 
     def extract(self, model: CalmModule, datamodule: AudioEpisodeDataModule) -> None:
