@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from torch import Tensor
 
 RATE = 16_000
 ROOT = Path(__file__).parents[1]
@@ -58,3 +59,13 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 seconds = 0.4 + 0.15 * number
                 tone(folder / split / label / f"{number}.wav", frequency * (1 + 0.02 * seed), seconds, seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(tones: Path, tiny_lalm: str, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """What one undisturbed extraction of the tones keeps: (N, K, D)."""
+    from tests.extracting import fill, stored
+
+    root = tmp_path_factory.mktemp("unbroken") / "heads"
+    fill(tones, tiny_lalm, root)
+    return stored(tones, tiny_lalm, root)

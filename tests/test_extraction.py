@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
-import multiprocessing
-import os
 import random
 import shutil
-import socket
-import tarfile
 import time
-from collections import Counter
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
-from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
-from calm_pl.backbone.processing import ClipProcessor, LALMInputs
+from calm_pl.backbone.processing import ClipProcessor
 from calm_pl.backbone.spec import Backbone
-from calm_pl.baselines import SAV
 from calm_pl.clip import Clip
-from calm_pl.data import stream
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
-from calm_pl.data.recipes import Folder, Recipe, Shards
-from calm_pl.data.shards import ShardClip, ShardClips, write_shards
-from calm_pl.data.stream import ClipBatches, ShardBatches
+from calm_pl.data.recipes import Folder
+from calm_pl.data.stream import ClipBatches
 from calm_pl.headstore import HeadStore, HeadStoreError
-from calm_pl.methods.calm import Calm
 from calm_pl.training import extraction
-from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
 from calm_pl.training.extraction import (
     ClipDataModule,
     HeadExtraction,
@@ -47,75 +30,8 @@ from calm_pl.training.extraction import (
     extract_missing,
     unusable_clips,
 )
-from calm_pl.training.module import CalmModule
-from calm_pl.training.run_folder import RunFolder
-from calm_pl.training.trainer import CalmTrainer
 from tests.conftest import tone
-from tests.families import FAMILIES
-
-# Forks of a process that has imported everything and started nothing.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.test_extraction"])
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-def fill(folder: Path, model: str, root: Path, ready: Connection | None = None, **options: object) -> None:
-    """Extract the clips of a folder."""
-    clips, backbone = read_manifest(folder), Backbone(model)
-    store = HeadStore(backbone.store_key(), root)
-    trainer = L.Trainer(callbacks=[StoreWriter(store)], **QUIET, **{"devices": 1, **options})
-    data = ClipDataModule(clips, backbone, store, batch_size=2)
-    if ready:
-        ready.send_bytes(b".")
-    trainer.predict(HeadExtraction(backbone), datamodule=data, return_predictions=False)
-
-
-def in_process(function: Callable[..., None], *arguments: object) -> BaseProcess:
-    process = PROCESSES.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-def in_two_ranks(function: Callable[..., None], *arguments: object) -> None:
-    """Run a function in two processes of one torchrun job."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    processes = [in_process(as_rank, rank, port, function, arguments) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=300)
-        assert process.exitcode == 0
-
-
-def as_rank(rank: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    """What torchrun tells a process of itself."""
-    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({name: str(value) for name, value in {**known, **job}.items()})
-    torch.set_num_threads(1)
-    function(*arguments)
-
-
-def fill_in_two_ranks(folder: Path, model: str, root: Path) -> None:
-    fill(folder, model, root, devices=2, strategy="ddp")
-
-
-def stored(folder: Path, model: str, root: Path) -> torch.Tensor:
-    clips = read_manifest(folder)
-    store = HeadStore(Backbone(model).store_key(), root)
-    return store.read(store.clip_keys(clips))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tones, tiny_lalm, tmp_path_factory) -> torch.Tensor:
-    root = tmp_path_factory.mktemp("unbroken") / "heads"
-    fill(tones, tiny_lalm, root)
-    return stored(tones, tiny_lalm, root)
+from tests.extracting import PROCESSES, fill, fill_in_two_ranks, in_process, in_two_ranks, stored, trainer
 
 
 def test_the_store_holds_what_the_model_says(unbroken, tones, tiny_lalm):
@@ -155,10 +71,6 @@ def test_a_killed_extraction_goes_on_where_it_was(unbroken, tones, tiny_lalm, tm
 
 
 # In this process
-
-
-def trainer(**options: object) -> L.Trainer:
-    return L.Trainer(**QUIET, **{"devices": 1, **options})
 
 
 def test_only_what_is_missing_is_run(tones, tiny_lalm, tmp_path, monkeypatch):
@@ -386,213 +298,3 @@ def test_workers_decode_the_same(unbroken, tones, tiny_lalm, tmp_path):
     callbacks = [StoreWriter(store)]
     trainer(callbacks=callbacks).predict(HeadExtraction(backbone), datamodule=data, return_predictions=False)
     assert torch.equal(store.read(data.keys), unbroken)
-
-
-# Shards
-
-
-@pytest.fixture(scope="module")
-def tone_shards(tones, tmp_path_factory) -> Path:
-    """The test clips in three shards, one clip of which is no sound."""
-    folder = tmp_path_factory.mktemp("shards")
-    broken = folder / "broken.wav"
-    broken.write_bytes(b"RIFF but no sound")
-    clips = [clip for clip in read_manifest(tones) if clip.split == "test"]
-    write_shards(clips, folder / "tar", per_shard=4)
-    with tarfile.open(folder / "tar" / "clips-000009.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-        archive.add(broken, "00000099.wav")
-    return folder / "tar"
-
-
-def extract_shards(shards: Path, model: str, root: Path, num_workers: int = 2, **options: object) -> None:
-    pytest.importorskip("webdataset")
-    recipe = Shards(str(shards))
-    data = AudioEpisodeDataModule(recipe, Backbone(model), batch_size=2, store=str(root), num_workers=num_workers)
-    module = CalmModule({"sav": SAV()}, "sav")
-    CalmTrainer(**QUIET, **{"devices": 1, **options}).extract(module, data)
-
-
-def extract_shards_in_two_ranks(*arguments: object) -> None:
-    extract_shards(*arguments, devices=2, strategy="ddp")
-
-
-def test_shards_fill_the_store_under_the_files_keys(tone_shards, tones, tiny_lalm, tmp_path, capsys):
-    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads")
-    assert "00000099.wav" in (told := capsys.readouterr().out) and "1 clips cannot be used" in told
-    clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
-    store = HeadStore(backbone.store_key(), tmp_path / "heads")
-    test = [clip for clip in clips if clip.split == "test"]
-    keys = store.clip_keys(test)
-    assert store.missing(keys) == []
-    direct_NKD = FrozenLALM.from_pretrained(tiny_lalm).head_outputs(test)
-    torch.testing.assert_close(store.read(keys), direct_NKD, atol=2e-3, rtol=2e-3)
-    in_two_ranks(extract_shards_in_two_ranks, tone_shards, tiny_lalm, tmp_path / "two")
-    assert torch.equal(HeadStore(backbone.store_key(), tmp_path / "two").read(keys), store.read(keys))
-
-
-def test_an_extraction_tells_once_of_clips_that_are_cut(tiny_lalm, tmp_path):
-    pytest.importorskip("webdataset")
-    for number, seconds in enumerate((6.0, 1.0, 7.0)):  # the window is 5 s
-        tone(tmp_path / "files" / "low" / f"{number}.wav", 300 + number, seconds)
-    clips = read_manifest(tmp_path / "files")
-    write_shards(clips, tmp_path / "shards")
-    for recipe in (Shards(str(tmp_path / "shards")), Folder(str(tmp_path / "files"))):
-        data = AudioEpisodeDataModule(recipe, Backbone(tiny_lalm), num_workers=0, store=str(tmp_path / "heads"))
-        with pytest.warns(UserWarning, match="2 of 3 clips are longer") as told:
-            CalmTrainer(**QUIET, devices=1).extract(CalmModule({"sav": SAV()}, "sav"), data)
-        assert sum("longer than" in str(warning.message) for warning in told) == 1
-
-
-def test_of_stored_shards_nothing_is_decoded(tone_shards, tiny_lalm, tmp_path, monkeypatch, capsys):
-    decoded, run = [], []
-    load, forward = ClipProcessor.load, FrozenLALM.forward
-    monkeypatch.setattr(ClipProcessor, "load", lambda self, clip: decoded.append(clip) or load(self, clip))
-    monkeypatch.setattr(FrozenLALM, "forward", lambda self, inputs: run.append(1) or forward(self, inputs))
-    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
-    assert (len(decoded), len(run)) == (10, 5)
-    told = capsys.readouterr().out.splitlines()[-2:]
-    decoded.clear()
-    run.clear()
-    extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
-    assert (len(decoded), len(run)) == (1, 0)  # that which is no sound
-    assert capsys.readouterr().out.splitlines()[-2:] == told  # it is named again
-
-
-def test_a_shard_with_a_missing_clip_is_run_in_the_batches_of_an_unbroken_run(tone_shards, tiny_lalm, tmp_path):
-    extract_shards(tone_shards, tiny_lalm, tmp_path / "unbroken")
-    key = Backbone(tiny_lalm).store_key()
-    whole, broken = (HeadStore(key, tmp_path / name) for name in ("unbroken", "broken"))
-    load = Backbone(tiny_lalm).clip_processor().load
-    keys = [item.key for item in ShardClips(str(tone_shards), load) if isinstance(item, ShardClip)]
-    broken.write(keys[1:6], whole.read(keys[1:6]))
-    extract_shards(tone_shards, tiny_lalm, tmp_path / "broken")
-    assert torch.equal(broken.read(keys), whole.read(keys))
-
-
-def test_large_files_are_not_gathered(tone_shards, tiny_lalm, monkeypatch):
-    monkeypatch.setattr(stream, "SORTED_BYTES", 0)
-    batches = list(ShardBatches([str(tone_shards)], Backbone(tiny_lalm), batch_size=4))
-    assert [len(batch) for batch in batches] == [1] * 9 + [0]
-
-
-def listen(recipe: Recipe, model: str, folder: Path, store: str, fit: bool = False, **devices: object) -> None:
-    """Test on a data set, after fitting if asked; leaves a run folder."""
-    options = {"shots": None, "batch_size": 2, "num_workers": 0, "store_dtype": "float32"}
-    data = AudioEpisodeDataModule(recipe, Backbone(model), store=store, **options)
-    module = CalmModule({"sav": SAV(), "calm": Calm()}, "calm")
-    trainer = CalmTrainer(**QUIET, **{"devices": 1, **devices}, default_root_dir=folder, callbacks=[RunFolder()])
-    if fit:
-        trainer.fit(module, datamodule=data)
-        trainer.save_checkpoint(folder.parent / "last.ckpt")
-    trainer.test(module, datamodule=data, ckpt_path=folder.parent / "last.ckpt", verbose=False)
-
-
-def listen_in_two_ranks(*arguments: object) -> None:
-    listen(*arguments, devices=2, strategy="ddp")
-
-
-def outcome(folder: Path) -> tuple[dict[str, float], Counter[tuple[str, ...]]]:
-    results = json.loads((folder / "results.json").read_text())
-    rows = csv.DictReader((folder / "predictions.csv").open())
-    accuracy = {name: method["accuracy"] for name, method in results["methods"].items()}
-    return accuracy, Counter((row["label"], row["prediction"], f"{float(row['confidence']):.2f}") for row in rows)
-
-
-def test_a_stream_is_tested_without_a_store(tone_shards, tones, tiny_lalm, tmp_path):
-    store = str(tmp_path / "heads")
-    listen(Folder(str(tones)), tiny_lalm, tmp_path / "files", store, fit=True)
-    before = sorted(Path(store).rglob("*"))
-    listen(Shards(str(tone_shards)), tiny_lalm, tmp_path / "stream", "none")
-    in_two_ranks(listen_in_two_ranks, Shards(str(tone_shards)), tiny_lalm, tmp_path / "two", "none")
-    assert outcome(tmp_path / "stream") == outcome(tmp_path / "two") == outcome(tmp_path / "files")
-    assert outcome(tmp_path / "two")[0].keys() == {"zero_shot", "sav", "calm"}
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["splits"]["test"] == 9 and "00000099.wav" in results["skipped"][0]["audio"]
-    assert sorted(Path(store).rglob("*")) == before and not Path("none").exists()
-
-
-def test_no_support_is_drawn_from_a_stream(tone_shards, tones, tiny_lalm, tmp_path):
-    with pytest.raises(ValueError, match="fit on files"):
-        listen(Shards(str(tone_shards)), tiny_lalm, tmp_path / "run", "none", fit=True)
-    with pytest.raises(ValueError, match="store none is for"):
-        listen(Folder(str(tones)), tiny_lalm, tmp_path / "run", "none", fit=True)
-
-
-# Memory
-
-
-@pytest.fixture
-def small_gpu(tiny_lalm) -> FrozenLALM:
-    """A model on a device whose memory ends at three clips."""
-    lalm = FrozenLALM.from_pretrained(tiny_lalm)
-
-    def limit(module: torch.nn.Module, args: tuple, inputs: dict) -> None:
-        if len(inputs["input_ids"]) > 3:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-
-    lalm.model.register_forward_pre_hook(limit, with_kwargs=True)
-    return lalm
-
-
-def test_a_batch_that_does_not_fit_is_run_in_halves(small_gpu, unbroken, tones, tiny_lalm, tmp_path):
-    clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
-    store = HeadStore(backbone.store_key(), tmp_path)
-    with pytest.warns(UserWarning, match="out of memory") as told:
-        extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=8)
-    assert sum("out of memory" in str(warning.message) for warning in told) == 1
-    torch.testing.assert_close(store.read(store.clip_keys(clips)), unbroken, atol=2e-3, rtol=2e-3)
-
-
-def test_pieces_of_long_clips_are_halved_too(small_gpu, tiny_lalm, tmp_path):
-    clips = [Clip(str(tone(tmp_path / f"{index}.wav", 300 * (index + 1), 4.0 + 4 * index))) for index in range(4)]
-    backbone = Backbone(tiny_lalm, long_clips="split")
-    inputs = backbone.clip_processor()(clips, [backbone.clip_processor().load(clip) for clip in clips])
-    assert max(len(part.last_token_B) for part in inputs.parts) == 4  # more than there is memory for
-    store = HeadStore(backbone.store_key(), tmp_path, dtype="float32")
-    with pytest.warns(UserWarning, match="out of memory with a batch of 4 clips"):
-        extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=4)
-    expected_NKD = FrozenLALM.from_pretrained(tiny_lalm, long_clips="split").head_outputs(clips)
-    torch.testing.assert_close(store.read(store.clip_keys(clips)), expected_NKD, atol=1e-5, rtol=1e-5)
-
-
-def test_clips_of_several_windows_are_halved_too(tmp_path):
-    FAMILIES["audio-flamingo-3"].write(tmp_path / "model")
-    lalm = FrozenLALM.from_pretrained(tmp_path / "model", heads="both")
-    clips = [Clip(str(tone(tmp_path / f"{index}.wav", 300 * (index + 1), 1.0 + 2 * index))) for index in range(3)]
-
-    def run(inputs: LALMInputs) -> torch.Tensor:
-        if len(inputs.last_token_B) > 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return lalm.forward(inputs)
-
-    sizes: list[int] = []
-    inputs = lalm.processor(clips, [lalm.processor.load(clip) for clip in clips])
-    heads_NKD = run_in_halves(run, inputs, sizes.append)
-    assert sizes == [3, 2] and inputs.windows_B.tolist() == [1, 2, 3]
-    torch.testing.assert_close(heads_NKD, lalm.head_outputs(clips), atol=1e-5, rtol=1e-5)
-
-
-def test_what_does_not_fit_alone_is_an_error(small_gpu, tones, tiny_lalm, tmp_path):
-    def full(*_: object) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-
-    small_gpu.model.register_forward_pre_hook(full)
-    backbone = Backbone(tiny_lalm)
-    store = HeadStore(backbone.store_key(), tmp_path)
-    with pytest.raises(BackboneError, match="batch of 1 clips"), pytest.warns(UserWarning, match="out of memory"):
-        extract_missing(trainer(), read_manifest(tones)[:4], HeadExtraction(backbone, small_gpu), store)
-
-
-def test_the_largest_batch_that_fits_is_found(small_gpu, tones, tmp_path):
-    (tmp_path / "longest but empty.wav").write_bytes(b"")
-    clips = [*read_manifest(tones), Clip(str(tmp_path / "longest but empty.wav"))]
-    assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips) == 2
-
-
-def test_auto_is_a_constant_on_cpu(unbroken, tones, tiny_lalm, tmp_path):
-    clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
-    auto, eight = (HeadStore(backbone.store_key(), tmp_path / name) for name in ("auto", "eight"))
-    extract_missing(trainer(), clips, HeadExtraction(backbone), auto, batch_size="auto")
-    extract_missing(trainer(), clips, HeadExtraction(backbone), eight, batch_size=8)
-    keys = auto.clip_keys(clips)
-    assert torch.equal(auto.read(keys), eight.read(keys))

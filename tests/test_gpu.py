@@ -15,7 +15,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.data.manifest import read_manifest
 from calm_pl.headstore import HeadStore
 from calm_pl.training.extraction import BatchSize, HeadExtraction, arithmetic, extract_missing
-from tests.test_extraction import QUIET
+from tests.extracting import QUIET
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 ACCELERATOR = "gpu"

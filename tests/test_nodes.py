@@ -19,7 +19,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.data.recipes import Folder
 from calm_pl.headstore import HeadStore
 from calm_pl.training.extraction import ClipDataModule, ExtractingTrainer, HeadExtraction, StoreWriter
-from tests.test_extraction import stored
+from tests.extracting import stored
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0")
 PYTHON = (sys.executable,)

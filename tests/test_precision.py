@@ -17,7 +17,7 @@ from calm_pl.data.recipes.synthetic import scene
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
 from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
-from tests.test_extraction import trainer
+from tests.extracting import trainer
 
 CLASSES, SUPPORT, QUERIES = 6, 6, 8
 

@@ -1,0 +1,96 @@
+"""Batches that do not fit into memory are halved, and the largest that fits is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calm_pl.backbone.errors import BackboneError
+from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.processing import LALMInputs
+from calm_pl.backbone.spec import Backbone
+from calm_pl.clip import Clip
+from calm_pl.data.manifest import read_manifest
+from calm_pl.headstore import HeadStore
+from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
+from calm_pl.training.extraction import HeadExtraction, extract_missing
+from tests.conftest import tone
+from tests.extracting import trainer
+from tests.families import FAMILIES
+
+
+@pytest.fixture
+def small_gpu(tiny_lalm) -> FrozenLALM:
+    """A model on a device whose memory ends at three clips."""
+    lalm = FrozenLALM.from_pretrained(tiny_lalm)
+
+    def limit(module: torch.nn.Module, args: tuple, inputs: dict) -> None:
+        if len(inputs["input_ids"]) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    lalm.model.register_forward_pre_hook(limit, with_kwargs=True)
+    return lalm
+
+
+def test_a_batch_that_does_not_fit_is_run_in_halves(small_gpu, unbroken, tones, tiny_lalm, tmp_path):
+    clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
+    store = HeadStore(backbone.store_key(), tmp_path)
+    with pytest.warns(UserWarning, match="out of memory") as told:
+        extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=8)
+    assert sum("out of memory" in str(warning.message) for warning in told) == 1
+    torch.testing.assert_close(store.read(store.clip_keys(clips)), unbroken, atol=2e-3, rtol=2e-3)
+
+
+def test_pieces_of_long_clips_are_halved_too(small_gpu, tiny_lalm, tmp_path):
+    clips = [Clip(str(tone(tmp_path / f"{index}.wav", 300 * (index + 1), 4.0 + 4 * index))) for index in range(4)]
+    backbone = Backbone(tiny_lalm, long_clips="split")
+    inputs = backbone.clip_processor()(clips, [backbone.clip_processor().load(clip) for clip in clips])
+    assert max(len(part.last_token_B) for part in inputs.parts) == 4  # more than there is memory for
+    store = HeadStore(backbone.store_key(), tmp_path, dtype="float32")
+    with pytest.warns(UserWarning, match="out of memory with a batch of 4 clips"):
+        extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=4)
+    expected_NKD = FrozenLALM.from_pretrained(tiny_lalm, long_clips="split").head_outputs(clips)
+    torch.testing.assert_close(store.read(store.clip_keys(clips)), expected_NKD, atol=1e-5, rtol=1e-5)
+
+
+def test_clips_of_several_windows_are_halved_too(tmp_path):
+    FAMILIES["audio-flamingo-3"].write(tmp_path / "model")
+    lalm = FrozenLALM.from_pretrained(tmp_path / "model", heads="both")
+    clips = [Clip(str(tone(tmp_path / f"{index}.wav", 300 * (index + 1), 1.0 + 2 * index))) for index in range(3)]
+
+    def run(inputs: LALMInputs) -> torch.Tensor:
+        if len(inputs.last_token_B) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return lalm.forward(inputs)
+
+    sizes: list[int] = []
+    inputs = lalm.processor(clips, [lalm.processor.load(clip) for clip in clips])
+    heads_NKD = run_in_halves(run, inputs, sizes.append)
+    assert sizes == [3, 2] and inputs.windows_B.tolist() == [1, 2, 3]
+    torch.testing.assert_close(heads_NKD, lalm.head_outputs(clips), atol=1e-5, rtol=1e-5)
+
+
+def test_what_does_not_fit_alone_is_an_error(small_gpu, tones, tiny_lalm, tmp_path):
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    small_gpu.model.register_forward_pre_hook(full)
+    backbone = Backbone(tiny_lalm)
+    store = HeadStore(backbone.store_key(), tmp_path)
+    with pytest.raises(BackboneError, match="batch of 1 clips"), pytest.warns(UserWarning, match="out of memory"):
+        extract_missing(trainer(), read_manifest(tones)[:4], HeadExtraction(backbone, small_gpu), store)
+
+
+def test_the_largest_batch_that_fits_is_found(small_gpu, tones, tmp_path):
+    (tmp_path / "longest but empty.wav").write_bytes(b"")
+    clips = [*read_manifest(tones), Clip(str(tmp_path / "longest but empty.wav"))]
+    assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips) == 2
+
+
+def test_auto_is_a_constant_on_cpu(unbroken, tones, tiny_lalm, tmp_path):
+    clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
+    auto, eight = (HeadStore(backbone.store_key(), tmp_path / name) for name in ("auto", "eight"))
+    extract_missing(trainer(), clips, HeadExtraction(backbone), auto, batch_size="auto")
+    extract_missing(trainer(), clips, HeadExtraction(backbone), eight, batch_size=8)
+    keys = auto.clip_keys(clips)
+    assert torch.equal(auto.read(keys), eight.read(keys))
