@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from calm_pl.backbone.random_checkpoint import CHATML, byte_tokenizer
 
@@ -48,6 +51,28 @@ SHAPES = {
     "qwen2.5-omni-mini": Shape(SMALL, Stack(6, 256, 4, 640, 2), 2048, Stack(1, 64, 2, 64)),
     "qwen2.5-omni-7b": Shape(WHISPER_LARGE, Stack(28, 3584, 28, 18944, 4), 152064, Stack(32, 1280, 16, 3420)),
 }
+
+
+def write_checkpoint(shape: Shape, folder: Path, shard_size: str = "2GB") -> None:
+    """Write a checkpoint of random bfloat16 weights as they are published, in the memory of one shard."""
+    # The checkpoint of an Omni holds the whole model, of which the thinker is a part.
+    prefix = "" if shape.sight is None else "thinker."
+    model = random_model(shape, folder, torch.bfloat16, "meta")
+    weights = {prefix + name: weight for name, weight in model.state_dict().items()}
+    noise = (0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))).bfloat16()
+
+    def random(name: str) -> torch.Tensor:
+        like = weights[name]
+        if like.ndim == 1:  # scales of norms, and biases
+            return torch.full(like.shape, float(name.endswith("weight")), dtype=like.dtype)
+        return noise.repeat(-(-like.numel() // len(noise)))[: like.numel()].reshape(like.shape)
+
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: random(name) for name in names}, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def random_model(shape: Shape, folder: Path, dtype: torch.dtype, device: str) -> tf.PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import SHAPES, random_model, write_checkpoint
 from calm_pl import Backbone, Clip, FrozenLALM
 from tests.conftest import tone
 
@@ -32,4 +32,16 @@ def test_small_shapes_hear(name, tmp_path):
     low, high = (Clip(str(tone(tmp_path / f"{frequency}.wav", frequency))) for frequency in (200, 3000))
     heads_NKD = lalm.head_outputs([low, high], batch_size=2)
     assert heads_NKD.shape == (2, decoder.layers * decoder.heads, decoder.width // decoder.heads)
+    assert not torch.allclose(heads_NKD[0], heads_NKD[1])
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.endswith("mini")])
+def test_checkpoints_of_a_shape_load_as_published_ones_do(name, tmp_path):
+    if "omni" in name:
+        pytest.importorskip("torchvision")
+    write_checkpoint(SHAPES[name], tmp_path, shard_size="5MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    low, high = (Clip(str(tone(tmp_path / f"{frequency}.wav", frequency))) for frequency in (200, 3000))
+    heads_NKD = FrozenLALM.from_pretrained(str(tmp_path)).head_outputs([low, high])
+    assert heads_NKD.isfinite().all()
     assert not torch.allclose(heads_NKD[0], heads_NKD[1])
