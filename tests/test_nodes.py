@@ -133,7 +133,7 @@ def test_a_job_taken_off_its_node_is_queued_again_and_leaves_no_checkpoint_of_an
     for name, value in {**job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
     backbone, clips = Backbone(tiny_lalm), Folder(str(tones)).clips()
-    store = HeadStore(backbone.store_key("32-true"), tmp_path / "heads")
+    store = HeadStore(backbone.store_key(), tmp_path / "heads")
     trainer = ExtractingTrainer(
         accelerator="cpu", default_root_dir=tmp_path, callbacks=[StoreWriter(store), TakenOffItsNode()],
         plugins=[SLURMEnvironment()], logger=False, enable_progress_bar=False, enable_model_summary=False,
