@@ -22,7 +22,6 @@ from benchmarks.vote import RESULTS
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Load the checkpoint and read heads, in this process."""
-
     from benchmarks.extraction import machine, make_clips, peak_mib
     from calm_pl.backbone.spec import Backbone
 
