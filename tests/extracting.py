@@ -47,10 +47,14 @@ def in_process(function: Callable[..., None], *arguments: object) -> BaseProcess
     return process
 
 
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def in_two_ranks(function: Callable[..., None], *arguments: object) -> None:
     """Run a function in two processes of one torchrun job."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     processes = [in_process(as_rank, rank, port, function, arguments) for rank in range(2)]
     for process in processes:
         process.join(timeout=300)

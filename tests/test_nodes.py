@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +18,11 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.data.recipes import Folder
 from calm_pl.headstore import HeadStore
 from calm_pl.training.extraction import ClipDataModule, ExtractingTrainer, HeadExtraction, StoreWriter
-from tests.extracting import stored
+from tests.extracting import QUIET, free_port, stored
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0")
 PYTHON = (sys.executable,)
 NODES = ("--trainer.strategy", "ddp", "--trainer.devices", "1", "--trainer.num_nodes", "2")
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def start(
@@ -135,9 +129,11 @@ def test_a_job_taken_off_its_node_is_queued_again_and_leaves_no_checkpoint_of_an
     backbone, clips = Backbone(tiny_lalm), Folder(str(tones)).clips()
     store = HeadStore(backbone.store_key(), tmp_path / "heads")
     trainer = ExtractingTrainer(
-        accelerator="cpu", default_root_dir=tmp_path, callbacks=[StoreWriter(store), TakenOffItsNode()],
-        plugins=[SLURMEnvironment()], logger=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        default_root_dir=tmp_path,
+        callbacks=[StoreWriter(store), TakenOffItsNode()],
+        plugins=[SLURMEnvironment()],
+        **QUIET,
+    )
     trainer.predict(HeadExtraction(backbone), datamodule=ClipDataModule(clips, backbone, store, batch_size=2))
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -54,7 +54,7 @@ def inspect_checkpoint(path_or_hub_id: str, revision: str | None = None, trust_r
     folder = resolve_checkpoint(path_or_hub_id, revision, weights=False)
     config = load_config(folder, trust_remote_code, path_or_hub_id)
     model_class = model_class_of(config, path_or_hub_id, folder, trust_remote_code)
-    processor = ClipProcessor(folder, trust_remote_code=trust_remote_code)
+    processor = ClipProcessor(folder, config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
             model = model_class(getattr(config, "thinker_config", config))

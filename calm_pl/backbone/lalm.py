@@ -138,7 +138,7 @@ class FrozenLALM:
         config = load_config(checkpoint, trust_remote_code, path_or_hub_id)
         model_class = model_class_of(config, path_or_hub_id, checkpoint, trust_remote_code)
         processor = ClipProcessor(
-            checkpoint, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
+            checkpoint, config, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
         )
         try:
             model = model_class.from_pretrained(

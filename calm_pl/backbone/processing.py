@@ -20,7 +20,7 @@ import jinja2
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor, PreTrainedConfig
 
 from calm_pl.audio import AudioError
 from calm_pl.backbone import mistral
@@ -109,6 +109,7 @@ class ClipProcessor:
 
     Args:
         checkpoint: folder of the checkpoint.
+        config: of the checkpoint.
         prompt: the text after the audio; ``{question}`` stands for the clip's question.
         padding_side: where shorter prompts of a batch are padded; the head outputs do not depend on it.
         cut_window: compute features for the longest clip of a batch instead of the full window, where the encoder
@@ -124,6 +125,7 @@ class ClipProcessor:
     def __init__(
         self,
         checkpoint: Path,
+        config: PreTrainedConfig,
         prompt: str = DEFAULT_PROMPT,
         padding_side: PaddingSide = "left",
         trust_remote_code: bool = False,
@@ -135,7 +137,6 @@ class ClipProcessor:
         if long_clips not in get_args(LongClips):
             raise BackboneError(f"long_clips={long_clips!r} is unknown: choose cut or split.")
         try:
-            config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
             self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             if not trust_remote_code and "trust_remote_code" in str(error):

@@ -141,6 +141,7 @@ class Backbone:
         model_class_of(config, self.path, checkpoint, self.trust_remote_code)
         return ClipProcessor(
             checkpoint,
+            config,
             self.prompt,
             trust_remote_code=self.trust_remote_code,
             cut_window=self.cut_window,

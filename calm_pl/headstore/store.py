@@ -168,7 +168,7 @@ class HeadStore:
         kept_NKD = heads_NKD.detach().to("cpu", DTYPES[self.dtype])
         self._check_finite(keys, heads_NKD, kept_NKD)
         rows = sorted({key: row for row, key in reversed(list(enumerate(keys)))}.values())
-        self._create()
+        self.prepare()
         path = self.folder / f"{time.time_ns():020d}-{secrets.token_hex(8)}{SUFFIX}"
         self._index.add(write_shard(path, [keys[row] for row in rows], kept_NKD[rows], head_names))
         self._unmerged.append(path.name)
@@ -177,12 +177,18 @@ class HeadStore:
             self._unmerged.clear()
 
     def prepare(self) -> None:
-        """Make the folder, before hours are spent on what it cannot take.
+        """Make the folder and its key file: before hours are spent on what it cannot take, and when somebody has just
+        pruned them.
 
         Raises:
-            HeadStoreError: it cannot be written to.
+            HeadStoreError: the folder cannot be written to.
         """
-        self._create()
+        make_folder(self.folder)
+        if not (self.folder / KEY_FILE).exists():
+            about = {"format": FORMAT, "dtype": self.dtype, "key": self.key}
+            write_atomically(self.folder / KEY_FILE, json.dumps(about, indent=2).encode(), durable=True)
+        if not self._unmerged:
+            remove_abandoned(self.folder)
 
     def compact(self) -> None:
         """Merge small shards into larger ones and drop duplicates. Safe beside readers and writers; where the folder
@@ -246,15 +252,6 @@ class HeadStore:
                 "keep this store in bfloat16 or float32"
             )
         raise ValueError(f"head outputs of {self._name(keys[row])} are not finite")
-
-    def _create(self) -> None:
-        """Make the folder and its key file, also when somebody has just pruned them."""
-        make_folder(self.folder)
-        if not (self.folder / KEY_FILE).exists():
-            about = {"format": FORMAT, "dtype": self.dtype, "key": self.key}
-            write_atomically(self.folder / KEY_FILE, json.dumps(about, indent=2).encode(), durable=True)
-        if not self._unmerged:
-            remove_abandoned(self.folder)
 
     def _touch(self) -> None:
         """The key file's time of modification is the store's last use."""
