@@ -206,6 +206,7 @@ def over_shots(table: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure
     """Accuracy over shots: method -> shots -> (mean, half of the 95 % interval, NaN where there is none)."""
     figure, axes = _figure(3.4)
     shots = sorted({count for points in table.values() for count in points})
+    look = {name: number for number, name in enumerate(sorted(table))}  # the same in any order of the methods
     for number, (name, points) in enumerate(table.items()):
         # A little apart, so that intervals of the same shots do not hide one another.
         shift = 1 + 0.025 * (number - (len(table) - 1) / 2)
@@ -214,7 +215,7 @@ def over_shots(table: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure
             [count * shift for count in counts],
             [100 * points[count][0] for count in counts],
             [100 * points[count][1] if points[count][1] == points[count][1] else 0 for count in counts],
-            color=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)],
+            color=LINES[look[name] % len(LINES)], marker=MARKERS[look[name] % len(MARKERS)],
             markersize=4.5, linewidth=1.4, elinewidth=0.9, capsize=2, label=name,
         )  # fmt: skip
     axes.set_xscale("log")
