@@ -96,7 +96,7 @@ def split_clips(clips: Sequence[Clip], test_fraction: float, seed: int) -> list[
     if lonely:
         raise ValueError(
             f"these classes cannot be split without a group on both sides: {_counts(lonely)}; "
-            "add clips of another group (another recording) to each, or leave the class out"
+            "add clips of another group to each (without groups every file is one), or leave the class out"
         )
     return parted
 
