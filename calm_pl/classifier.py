@@ -160,13 +160,13 @@ class CalmClassifier:
             "choices": self.method.choices(),
         }
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
-        scratch = target / f".{WEIGHTS_FILE}.{os.getpid()}"
-        save_file(state, scratch)
-        scratch.replace(target / WEIGHTS_FILE)
-        # Last, so that a folder with a config is complete.
-        scratch = target / f".{CONFIG_FILE}.{os.getpid()}"
-        scratch.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        scratch.replace(target / CONFIG_FILE)
+        weights_scratch, config_scratch = (target / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE))
+        save_file(state, weights_scratch)
+        config_scratch.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        # The config goes first and comes last: a folder with one is complete, and never half an older classifier.
+        (target / CONFIG_FILE).unlink(missing_ok=True)
+        weights_scratch.replace(target / WEIGHTS_FILE)
+        config_scratch.replace(target / CONFIG_FILE)
 
     @classmethod
     def from_pretrained(
