@@ -41,7 +41,7 @@ train: $(STAMP)  ## few-shot classifier of DATASET with BACKBONE: fit, test, run
 		$(if $(DATA_DIR),--data.recipe.init_args.data_dir $(abspath $(DATA_DIR))) \
 		$(if $(RUN_DIR),--run_dir $(RUN_DIR)) $(if $(LOGGER),--logger $(LOGGER)) $(ARGS)
 
-sweep: $(STAMP)  ## every point of SWEEP (shots, methods) with DATASET and BACKBONE: table, CSV, plot
+sweep: $(STAMP)  ## every point of SWEEP (shots, methods, bayes) with DATASET and BACKBONE: table, CSV, plot
 	$(BIN)/calm sweep $(SWEEP) --data $(DATASET) --backbone $(BACKBONE) --trainer.devices $(DEVICES) \
 		$(if $(DATA_DIR),--data.recipe.init_args.data_dir $(abspath $(DATA_DIR))) \
 		$(if $(RUN_DIR),--out $(RUN_DIR)) $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -52,11 +53,37 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         _parser().error(f"unknown command {argv[0]!r}; choose one of: {', '.join(COMMANDS)}")
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return _stopped()
+    except SystemExit as end:  # Lightning's own, when a fit or an extraction is interrupted
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return _stopped()
+        raise
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if os.environ.get("CALM_DEBUG"):
+            raise
+        print(f"calm: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
     module, _ = COMMANDS[argv[0]]
     # Lightning's commands share one module, which wants to know which of them it is.
     arguments = argv if module == "calm_pl.commands.lightning" else argv[1:]
     exit_code: int = import_module(module).main(arguments)
+    sys.stdout.flush()
     return exit_code
+
+
+def _stopped() -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("calm: stopped; the same command goes on where it was", file=sys.stderr)
+    return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 # A link to the repository's conf/ in a checkout; a folder of its own in a wheel.
 CONF_DIR = Path(__file__).parent / "_conf"
+# `--data esc50` stands for the shipped file conf/data/esc50.yaml, and so on.
+GROUPS = {"--data": "data", "--model": "model", "--trainer": "trainer", "--backbone": "backbone", "--logger": "logger"}
 
 
 def config_names(group: str) -> list[str]:
@@ -17,3 +21,20 @@ def find_config(group: str, name: str) -> Path | None:
     """The shipped file ``conf/<group>/<name>.yaml``, or None."""
     file = CONF_DIR / group / f"{name}.yaml"
     return file if file.is_file() else None
+
+
+def names_help(*options: str) -> dict[str, Any]:
+    """Arguments of a parser whose help tells which names the options above take; all of them by default."""
+    import argparse
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    lines = ["these options take a name of a shipped file (shown by --print_config), or a file of your own:"]
+    for option in options or GROUPS:
+        also = "; or a folder, or a hub id (owner/name)" if option == "--backbone" else ""
+        names = ", ".join(config_names(GROUPS[option])) + also
+        lines += textwrap.wrap(names, 100, initial_indent=f"  {option:11}", subsequent_indent=" " * 13)
+    return {"epilog": "\n".join(lines), "formatter_class": Formatter}

@@ -40,7 +40,9 @@ def write_film(path: Path, frames_FHW3: np.ndarray, wave_S: np.ndarray | None) -
     webm = path.suffix == ".webm"
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as film:
-        pictures = film.add_stream("libvpx" if webm else "libx264", rate=FILM_RATE)
+        # Without loss, for what x264 throws away is not the same at every run.
+        lossless = {} if webm else {"crf": "0"}
+        pictures = film.add_stream("libvpx" if webm else "libx264", rate=FILM_RATE, options=lossless)
         pictures.height, pictures.width = frames_FHW3.shape[1:3]
         pictures.pix_fmt = "yuv420p"
         if wave_S is not None:

@@ -63,6 +63,18 @@ def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None
     assert not [name for name in RECIPES if name not in told]
 
 
+def test_a_download_that_failed_is_not_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CALM_DATA", str(tmp_path))
+    for name in ("esc50/.lock", "fsdd/archive.zip.part", "gtzan/genres/blues.wav"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert main([]) == 0
+    in_the_cache = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith(" yes")]
+    assert in_the_cache == ["gtzan"]
+
+
 def test_errors_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "esc51", str(tmp_path)]) == 2
     assert "unknown data set 'esc51'; there are folder, manifest" in capsys.readouterr().err

@@ -180,4 +180,4 @@ def test_the_best_map_is_in_bold():
     results = {"dataset": "d", "backbone": "b", "shots": 1, "seed": 0, "protocol": "open",
                "methods": {"a": base, "b": {**base, "map": 0.6}}}  # fmt: skip
     assert next(iter(columns_of(results))) == "map"
-    assert [row.style for row in results_table(results, 6).rows] == ["", "bold"]
+    assert [row.style for row in results_table(results).rows] == ["", "bold"]

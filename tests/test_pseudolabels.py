@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tiny_lalm, tmp_path)
 
     resumed = calm_process(*arguments, "--out", tmp_path / "killed.jsonl", CALM_STORE=str(store))
     assert resumed.returncode == 0, resumed.stderr
-    asked_again = int(resumed.stdout.split(" clips,")[0].split()[-1])
+    asked_again = int(re.findall(r"sampling answers: (\d+) clips, ", resumed.stderr)[-1])
     assert 0 < asked_again <= 20
     whole = calm_process(*arguments, "--out", tmp_path / "whole.jsonl", CALM_STORE=str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr

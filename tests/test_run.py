@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -87,14 +88,30 @@ def test_predictions_agree_with_the_figures(run_folder):
     assert classifier["classes"] == ["high", "low", "middle"]
 
 
-def test_a_run_is_tested_again_from_its_checkpoint_alone(run_folder, tmp_path):
+def test_a_run_is_tested_again_from_its_checkpoint_alone(run_folder, tmp_path, monkeypatch):
     before = json.loads((run_folder / "results.json").read_text())
-    (run_folder / "results.json").unlink()
     moved = tmp_path / "elsewhere.ckpt"
     moved.write_bytes((run_folder / "checkpoints" / "last.ckpt").read_bytes())
-    calm("test", "--ckpt_path", moved)
-    after = json.loads((run_folder / "results.json").read_text())
-    assert after["methods"] == before["methods"] and after["splits"] == before["splits"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for checkpoint, folder in ((run_folder, run_folder), (moved, tmp_path / "elsewhere")):
+        (run_folder / "results.json").unlink(missing_ok=True)
+        calm("test", "--ckpt_path", checkpoint)
+        after = json.loads((folder / "results.json").read_text())
+        assert after["methods"] == before["methods"] and after["splits"] == before["splits"]
+        assert (run_folder / "results.json").exists() == (folder == run_folder)
+    assert not list((tmp_path / "here").iterdir())
+    calm("test", "--ckpt_path", run_folder)
+
+
+def test_findings_of_other_settings_do_not_stay(tones, tiny_lalm, tmp_path):
+    found = ("results.json", "predictions.csv", "report.html", "plots")
+    formula = options(tones, tiny_lalm, "--run_dir", tmp_path, "--model", "formula", "--model.zero_shot", "false")
+    calm("fit", *formula)
+    assert all((tmp_path / name).exists() for name in found)
+    calm("fit", *formula, "--test_after_fit", "false", "--data.seed", "1")
+    assert not any((tmp_path / name).exists() for name in found)
+    assert (tmp_path / "classifier" / "classifier.json").is_file()
 
 
 def test_validate_tells_where_there_is_nothing_to_validate(run_folder, capsys):
@@ -113,10 +130,11 @@ def test_validate_shows_the_validation_clips(tones, tiny_lalm, tmp_path, capsys)
     assert "3 validation clips" in capsys.readouterr().out
 
 
-def test_predict_from_a_checkpoint_writes_the_same_predictions(run_folder):
+def test_predict_from_a_checkpoint_writes_the_same_predictions(run_folder, capsys):
     before = (run_folder / "predictions.csv").read_text()
     calm("predict", "--ckpt_path", run_folder / "checkpoints" / "last.ckpt")
     assert (run_folder / "predictions.csv").read_text() == before
+    assert capsys.readouterr().out.endswith(f"predictions: {run_folder / 'predictions.csv'}\n")
 
 
 def test_checkpoints_hold_no_backbone_and_no_pickle(run_folder):
@@ -223,6 +241,53 @@ def test_errors_are_one_line_that_helps(arguments, message, tones, tmp_path, mon
         calm("fit", *(f"--data.recipe.init_args.data_dir={tones}" if one == "TONES" else one for one in arguments))
     said = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0 and re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test"], "name it by --ckpt_path RUN"),
+        (["test", "--ckpt_path", "."], "is a folder without checkpoints/last.ckpt"),
+        (["predict", "--ckpt_path=torn.ckpt"], "torn.ckpt is damaged, or no checkpoint of `calm fit`"),
+        (["fit", "--config", "none.yaml"], "none.yaml: there is no such file"),
+        (["compare", "--shots", "1,two"], "numbers from 1"),
+        (["heads", "run"], "holds no classifier"),
+    ],
+)
+def test_runs_that_cannot_be_used_are_told(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("torn.ckpt").write_bytes(b"PK torn")
+    Path("run").mkdir()
+    Path("run/results.json").write_text('{"methods": {}}')
+    with pytest.raises(SystemExit, match=message):
+        calm(*arguments)
+
+
+def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path):
+    arguments = options(tones, tiny_lalm, "--run_dir", tmp_path / "run", "--data.store", tmp_path / "heads")
+    command = [sys.executable, "-m", "calm_pl", "fit", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as fit:
+        assert fit.stderr is not None
+        said = fit.stderr.readline()
+        fit.send_signal(signal.SIGINT)
+        said += fit.stderr.read()
+    assert fit.returncode == 130 and "calm: stopped" in said and "Traceback" not in said, said
+
+
+def test_nobody_reading_on_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "calm_pl", "datasets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as listing:
+        assert listing.stdout is not None and listing.stderr is not None
+        listing.stdout.close()
+        assert listing.stderr.read() == ""
+
+
+def test_what_the_system_refuses_is_told_in_one_line(run_folder, tmp_path):
+    (tmp_path / "file").touch()
+    test = calm_process("test", "--ckpt_path", run_folder, "--run_dir", tmp_path / "file")
+    assert test.returncode == 1 and "Traceback" not in test.stderr
+    assert re.search(r"calm: error: .*File exists", test.stderr), test.stderr
 
 
 def test_a_mistyped_backbone_is_told_before_any_data_are_made(tmp_path, monkeypatch):

@@ -57,7 +57,8 @@ def extract_shards_in_two_ranks(*arguments: object) -> None:
 
 def test_shards_fill_the_store_under_the_files_keys(tone_shards, tones, tiny_lalm, tmp_path, capsys):
     extract_shards(tone_shards, tiny_lalm, tmp_path / "heads")
-    assert "00000099.wav" in (told := capsys.readouterr().out) and "1 clips cannot be used" in told
+    told = capsys.readouterr()
+    assert "00000099.wav" in told.err and "1 clips or shards cannot be used" in told.out
     clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
     store = HeadStore(backbone.store_key(), tmp_path / "heads")
     test = [clip for clip in clips if clip.split == "test"]
@@ -89,12 +90,21 @@ def test_of_stored_shards_nothing_is_decoded(tone_shards, tiny_lalm, tmp_path, m
     monkeypatch.setattr(FrozenLALM, "forward", lambda self, inputs: run.append(1) or forward(self, inputs))
     extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
     assert (len(decoded), len(run)) == (10, 5)
-    told = capsys.readouterr().out.splitlines()[-2:]
+    told = last_lines(capsys)
     decoded.clear()
     run.clear()
     extract_shards(tone_shards, tiny_lalm, tmp_path / "heads", num_workers=0)
     assert (len(decoded), len(run)) == (1, 0)  # that which is no sound
-    assert capsys.readouterr().out.splitlines()[-2:] == told  # it is named again
+    assert last_lines(capsys) == told  # it is named again
+
+
+def last_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [stream.splitlines()[-1] for stream in capsys.readouterr()]
+
+
+def test_shards_that_hold_nothing_to_hear_are_an_error(tone_shards, tiny_lalm, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing could be read: .*00000099\.wav"):
+        extract_shards(tone_shards / "clips-000009.tar", tiny_lalm, tmp_path / "heads")
 
 
 def test_a_shard_with_a_missing_clip_is_run_in_the_batches_of_an_unbroken_run(tone_shards, tiny_lalm, tmp_path):

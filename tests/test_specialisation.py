@@ -49,6 +49,16 @@ def test_heads_of_a_run(tones, tiny_lalm, tmp_path, capsys):
     assert "random heads" in capsys.readouterr().out
 
 
+def test_weights_that_all_classes_share_are_told(tones, tiny_lalm, tmp_path, capsys):
+    start = ["--model.methods.calm_learned.init_args.steps", "0"]
+    calm("fit", *options(tones, tiny_lalm, "--run_dir", tmp_path, "--model.zero_shot", "false", *start))
+    assert cli.main(["heads", str(tmp_path)]) == 0
+    assert "All classes weigh the heads alike" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "All classes weigh the 16 attention heads alike" in page and "The same map for each class" not in page
+    assert not (tmp_path / "plots" / "heads-by-class.svg").exists()
+
+
 def test_no_run_is_told(tmp_path):
     with pytest.raises(SystemExit, match="no finished run"):
         cli.main(["heads", str(tmp_path)])

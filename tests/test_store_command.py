@@ -59,6 +59,7 @@ def test_ls_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_verify_finds_damage(tmp_path: Path, stores: dict[str, HeadStore], capsys: pytest.CaptureFixture[str]) -> None:
+    HeadStore({"backbone": "empty"}, tmp_path).prepare()
     assert run(tmp_path, "verify") == 0
     shard = next(stores["stale"].folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -77,6 +77,10 @@ def test_a_filled_manifest_can_be_learned_from(classifier, tones, tmp_path, caps
             writer.writerow({**row, "label": Path(row["audio"]).parent.name})
     clips = read_manifest(out)
     assert all(os.path.isfile(clip.audio) and clip.label in ("low", "middle", "high") for clip in clips)
+    filled = out.read_text()
+    with pytest.raises(SystemExit, match="holds labels: name another file with --out"):
+        calm("suggest", tones / "test", "--run", classifier, "--out", out)
+    assert out.read_text() == filled
 
 
 def test_what_is_labelled_is_not_suggested(tones, tiny_lalm, tmp_path):

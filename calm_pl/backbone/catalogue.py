@@ -40,8 +40,8 @@ class Known:
 
 
 CATALOGUE = {
-    "calm-tiny": Known("(in the package)", 6, 6, 64, 0.017, max_seconds=5, tested=WEIGHTS, exact=True),
-    "whisper-tiny": Known("openai/whisper-tiny.en", 4, 12, 64, 0.038, linear=0.45, tested=WEIGHTS, exact=True),
+    "calm-tiny": Known("(in the package)", 6, 6, 64, 0.0174, max_seconds=5, linear=0.87, tested=WEIGHTS, exact=True),
+    "whisper-tiny": Known("openai/whisper-tiny.en", 4, 12, 64, 0.038, linear=0.44, tested=WEIGHTS, exact=True),
     "whisper-large-v3": Known("openai/whisper-large-v3", 32, 40, 64, 1.543, linear=0.95, exact=True),
     "qwen2-audio": Known("Qwen/Qwen2-Audio-7B-Instruct", 32, 32, 128, 8.4),
     "qwen2.5-omni-7b": Known("Qwen/Qwen2.5-Omni-7B", 28, 28, 128, 8.9, max_seconds=300),

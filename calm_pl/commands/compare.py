@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
-from calm_pl.conf import CONF_DIR
+from calm_pl.conf import CONF_DIR, names_help
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
         prog="calm compare",
         description="Compare methods on the same heads over shots, seeds and folds (all folds that a data set has).",
         parser_mode="omegaconf",
+        **names_help("--data", "--backbone", "--model"),
     )
     parser.add_argument("--shots", default="1,2,5,10,20", help="clips a class, separated by commas")
     parser.add_argument("--seeds", type=int, default=20, help="how many support sets are drawn in each fold")
@@ -33,12 +34,14 @@ def main(argv: list[str]) -> int:
     parser.add_class_arguments(CalmModule, "model", skip={"optimizer", "lr_scheduler"})
     parser.add_class_arguments(AudioEpisodeDataModule, "data", skip={"shots", "seed"})
     options = parser.parse_args([f"--model={CONF_DIR / 'model' / 'default.yaml'}", *shipped_defaults(), *arguments])
+    shots = [int(count) if count.strip().isdigit() else 0 for count in options.shots.split(",")]
+    if min(shots) < 1 or options.seeds < 1:
+        sys.exit(f"calm: error: --shots {options.shots} --seeds {options.seeds}: numbers from 1, as in --shots 1,5,20")
     hush()
     built = parser.instantiate(options)
     out = Path(options.out)
     trainer = Trainer(devices=1, precision=options.precision, logger=False, enable_checkpointing=False)
     try:
-        shots = [int(count) for count in options.shots.split(",")]
         rows = run_comparison(trainer, built.data, built.model.methods, shots, range(options.seeds), out)
     except (BackboneError, HeadStoreError, ValueError, FileNotFoundError) as error:
         sys.exit(f"calm: error: {error}")

@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from calm_pl.clip import Clip
@@ -42,9 +44,14 @@ def _list() -> int:
     table = Table("name", "what", "in the cache", box=None)
     for name, recipe in RECIPES.items():
         what = " ".join((recipe.__doc__ or "").split("\n\n")[0].split())
-        table.add_row(name, what.split(". ")[0].rstrip("."), "yes" if data_root(name, None).exists() else "")
+        table.add_row(name, what.split(". ")[0].rstrip("."), "yes" if _holds_data(data_root(name, None)) else "")
     Console().print(table)
     return 0
+
+
+def _holds_data(root: Path) -> bool:
+    """A download that failed leaves a lock, and perhaps a part of the archive."""
+    return root.is_dir() and any(not (p.name.startswith(".") or p.suffix == ".part") for p in root.iterdir())
 
 
 def _check(name: str, data_dir: str | None) -> int:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
-from calm_pl.conf import CONF_DIR
+from calm_pl.conf import CONF_DIR, names_help
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         description="Evaluate methods as the few-shot literature does: many random episodes of some classes, support "
         "clips from the training clips and queries from the test clips; mean accuracy with its 95 % interval.",
         parser_mode="omegaconf",
+        **names_help("--data", "--backbone", "--model"),
     )
     parser.add_argument("--way", type=int, default=5, help="classes of an episode")
     parser.add_argument("--queries", type=int, default=15, help="query clips a class")

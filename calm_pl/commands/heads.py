@@ -29,6 +29,10 @@ def main(argv: list[str]) -> int:
     own_C = found.ablation_CC.diagonal()
     others_C = (found.ablation_CC.sum(1) - own_C) / (len(own_C) - 1)
     console = Console()
+    if run.all_trust_alike:
+        print(
+            "All classes weigh the heads alike: the labelled clips did not tell beyond doubt which should trust which."
+        )
     console.print(
         f"Two classes share {100 * found.overlap:.1f} % of their {found.heads_per_class} strongest heads (Jaccard, "
         f"mean over pairs); random heads: {100 * found.chance_overlap:.1f} %.",

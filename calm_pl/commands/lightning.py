@@ -9,13 +9,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_pl.conf import CONF_DIR, config_names, find_config
+from calm_pl.conf import CONF_DIR, GROUPS, config_names, find_config
 
 if TYPE_CHECKING:
     from calm_pl.training.cli import CalmCLI
 
-# `--data esc50` stands for the shipped file conf/data/esc50.yaml, and so on.
-GROUPS = {"--data": "data", "--model": "model", "--trainer": "trainer", "--backbone": "backbone", "--logger": "logger"}
 TARGETS = {"--backbone": "--data.backbone", "--logger": "--trainer.logger"}
 
 
@@ -61,6 +59,7 @@ def hush() -> None:
         "`LightningModule.configure_optimizers` returned `None`",
         "Total length of `.*` across ranks is zero",
         "Your `IterableDataset` has `__len__` defined",
+        "predict returned None",  # of a batch whose clips cannot be used, which is told by name
         "The '.*' does not have many workers",
         "It is recommended to use `self.log\\(.*sync_dist=True",  # what is logged was gathered over ranks already
     ):
@@ -86,6 +85,8 @@ def expand_names(argv: list[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
+        if option == "--config" and not Path(value if equals else (rest or [""])[0]).is_file():
+            sys.exit(f"calm: error: --config {value if equals else (rest or [''])[0]}: there is no such file")
         if option not in GROUPS:
             expanded.append(argument)
             continue

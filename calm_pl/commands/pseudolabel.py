@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
+from calm_pl.conf import names_help
 
 if TYPE_CHECKING:
     from calm_pl.clip import Clip
@@ -34,7 +35,8 @@ def main(argv: list[str]) -> int:
     from calm_pl.training.pseudolabels import Asking, pseudolabel
     from calm_pl.training.trainer import CalmTrainer
 
-    parser = ArgumentParser(prog="calm pseudolabel", description=DESCRIPTION, parser_mode="omegaconf")
+    named = names_help("--data", "--backbone")
+    parser = ArgumentParser(prog="calm pseudolabel", description=DESCRIPTION, parser_mode="omegaconf", **named)
     parser.add_argument("--clips", type=str | None, help="folder of audio files at any depth, or a manifest")
     parser.add_argument("--classes", type=str | None, help="class names, separated by commas (default: the data set's)")
     parser.add_argument("--question", type=str | None, help="asked about every clip (default: the data set's)")

@@ -69,7 +69,7 @@ def _show(stores: list[StoreInfo]) -> None:
     table = Table("store", "backbone", "dtype", "clips", "files", "size", "last use", box=None)
     for info in stores:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.last_use))
-        dtype, clips = (info.store.dtype, f"{info.clips:,}") if info.store else ("-", "unreadable")
+        dtype, clips = (info.store.dtype, f"{info.clips:,}") if info.store is not None else ("-", "unreadable")
         table.add_row(info.folder.name[:12], info.backbone, dtype, clips, f"{info.files:,}", _size(info.size), used)
     Console().print(table)
 
@@ -93,8 +93,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     unsound = 0
     for info in list_stores(arguments.root):
-        corrupt = info.store.verify() if info.store else 1
-        clips = len(info.store) if info.store else 0
+        corrupt = info.store.verify() if info.store is not None else 1
+        clips = len(info.store) if info.store is not None else 0
         print(f"{info.folder.name}: {clips:,} clips sound, {corrupt} corrupt files {info.problem}".rstrip())
         unsound += corrupt
     return 1 if unsound else 0

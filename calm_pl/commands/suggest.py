@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     from calm_pl.training.suggestions import Suggester
 
     hush()
+    out = options.out.absolute()
+    if _has_labels(out):
+        sys.exit(f"calm: error: {out} holds labels: name another file with --out (and give this one to --labelled)")
     try:
         suggester = Suggester(
             unlabelled_clips(options.clips),
@@ -32,7 +35,6 @@ def main(argv: list[str]) -> int:
         found = suggester.suggest(options.by or ("margin" if options.run else "coverage"), options.count)
     except (BackboneError, HeadStoreError, ValueError, FileNotFoundError) as error:
         sys.exit(f"calm: error: {error}")
-    out = options.out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     with scratch.open("w", newline="") as file:
@@ -45,6 +47,14 @@ def main(argv: list[str]) -> int:
     print(f"{len(found)} of {len(suggester.clips)} clips to label: fill the column label, then")
     print(f"calm fit --data manifest --data.recipe.init_args.data_dir {out}")
     return 0
+
+
+def _has_labels(file: Path) -> bool:
+    """Whether somebody has begun to fill a manifest that was written here."""
+    if not file.is_file():
+        return False
+    with file.open(newline="", encoding="utf-8-sig") as rows:
+        return any(row.get("label") for row in csv.DictReader(rows))
 
 
 def _parser() -> argparse.ArgumentParser:

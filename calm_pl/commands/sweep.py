@@ -20,7 +20,6 @@ from calm_pl.conf import CONF_DIR, config_names, find_config
 from calm_pl.progress import Task, is_quiet, quiet, say
 from calm_pl.training.finished import is_finished
 
-TABLE_WIDTH = 120
 RUN_CAP = 20  # points of a random sweep that does not say how many
 
 
@@ -52,15 +51,13 @@ def main(argv: list[str]) -> int:
         extract(points[0], configs[0], out)
     failed = run_points(points, configs, folders)
 
-    from rich.console import Console
-
     from calm_pl.report.comparison import Comparison
+    from calm_pl.training.results import wide_console
 
     finished = [folder for folder, config in zip(folders, configs, strict=True) if is_finished(folder, config)]
     if finished:
         comparison = Comparison(finished)
-        # Rather wrapped lines than figures cut off.
-        Console(width=max(Console().width, TABLE_WIDTH)).print(*comparison.tables())
+        wide_console().print(*comparison.tables())
         page = comparison.write(out)
         comparison.add_curves(out)
         print(f"{len(finished)} of {len(points)} points; table, CSV and plots: {page}")

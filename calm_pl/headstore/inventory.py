@@ -27,7 +27,7 @@ class StoreInfo:
 
     @property
     def backbone(self) -> str:
-        return str(self.store.key.get("backbone", "-")) if self.store else "-"
+        return str(self.store.key.get("backbone", "-")) if self.store is not None else "-"
 
 
 def list_stores(root: str | Path | None = None) -> list[StoreInfo]:
@@ -74,7 +74,7 @@ def tidy(info: StoreInfo) -> None:
     for file in info.folder.glob(f"*{CORRUPT_SUFFIX}"):
         file.unlink(missing_ok=True)
     remove_abandoned(info.folder)
-    if info.store:
+    if info.store is not None:
         info.store.compact()
 
 

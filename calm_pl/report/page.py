@@ -99,11 +99,12 @@ def draw(run: Run, redraw: bool = True) -> dict[str, Plot]:
         figures["calibration"] = partial(plots.calibration, run.calibration)
     if run.weights_KC is not None:
         figures["heads"] = partial(plots.head_map, run.weights_KC, run.head_sites)
-        figures["heads-by-class"] = partial(plots.class_head_maps, run.weights_KC, run.head_sites, run.classes)
+        if not run.all_trust_alike:
+            figures["heads-by-class"] = partial(plots.class_head_maps, run.weights_KC, run.head_sites, run.classes)
         figures["head-share"] = partial(plots.head_share, run.weights_KC)
     if run.heads_kept:
         figures["heads-kept"] = partial(plots.heads_kept, run.heads_kept)
-    if run.specialisation and "ablation" in run.specialisation:
+    if run.specialisation and "ablation" in run.specialisation and not run.all_trust_alike:
         ablation = run.specialisation["ablation"]
         change_CC = torch.tensor([[ablation[a][c] for c in run.classes] for a in run.classes])
         figures["ablation"] = partial(plots.ablation, change_CC, run.classes)

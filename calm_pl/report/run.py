@@ -131,6 +131,12 @@ class Run:
         return name if name in self.results["methods"] else None
 
     @property
+    def all_trust_alike(self) -> bool:
+        """Whether all classes have the same weights, as where learning found too little to tell them apart."""
+        weights_KC = self.weights_KC
+        return weights_KC is not None and bool(torch.allclose(weights_KC, weights_KC[:, :1], rtol=1e-4, atol=1e-7))
+
+    @property
     def ranking(self) -> list[tuple[str, dict[str, Any]]]:
         """Methods that have figures, the most accurate first."""
         measured = [(name, figures) for name, figures in self.results["methods"].items() if figures]

@@ -79,6 +79,8 @@ def specialisation(folder: str | Path) -> Specialisation:
         ValueError: its method does not weigh heads, or the head store lacks its clips.
     """
     run = Run.read(folder)
+    if not (run.folder / "classifier").is_dir():
+        raise FileNotFoundError(f"{folder} holds no classifier: name the folder that `calm fit` left.")
     if run.weights_KC is None:
         raise ValueError(f"{folder}: the method it keeps ({run.kept}) does not weigh heads.")
     method = CalmClassifier.from_pretrained(run.folder, device="cpu").method

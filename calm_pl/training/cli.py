@@ -6,7 +6,7 @@ import atexit
 import os
 import tempfile
 from importlib import import_module
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from calm_pl.conf import CONF_DIR
+from calm_pl.conf import CONF_DIR, names_help
 from calm_pl.data.datamodule import AudioEpisodeDataModule, default_run_dir
 from calm_pl.training.folds import folds_of, run_folds
 from calm_pl.training.logging import LogRun
 from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
 from calm_pl.training.progress import RunProgress
 from calm_pl.training.results import print_table
-from calm_pl.training.run_folder import RunFolder, SaveRunConfig
+from calm_pl.training.run_folder import PREDICTIONS_FILE, RunFolder, SaveRunConfig
 from calm_pl.training.trainer import CalmTrainer
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -39,7 +39,7 @@ class CalmCLI(LightningCLI):
 
     def __init__(self, config: Namespace | None = None, about: str | None = None) -> None:
         self.given, self.about = config, about
-        defaults = {"default_config_files": [str(CONF_DIR / "calm.yaml")]}
+        defaults = {"parser_mode": "omegaconf", "default_config_files": [str(CONF_DIR / "calm.yaml")], **names_help()}
         super().__init__(
             CalmModule,
             AudioEpisodeDataModule,
@@ -50,7 +50,8 @@ class CalmCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "parser_mode": "omegaconf",
-                **{command: {"parser_mode": "omegaconf", **defaults} for command in self.subcommands()},
+                "formatter_class": defaults["formatter_class"],  # commands take it from their parent
+                **dict.fromkeys(self.subcommands(), defaults),
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -83,6 +84,8 @@ class CalmCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the run its folder, and its checkpoint a place in it."""
         config = self.config[self.subcommand]
+        if self.subcommand in ("test", "validate", "predict") and config.ckpt_path is None:
+            raise ValueError(f"calm {self.subcommand} wants a run that was fitted: name it by --ckpt_path RUN")
         data = config.data
         backbone = data.backbone.path
         if data.backbone.modality != "audio":
@@ -144,6 +147,11 @@ class CalmCLI(LightningCLI):
             print_table(results, results["splits"]["test"])
             print(f"run folder: {Path(self.trainer.default_root_dir).resolve()}")
 
+    def after_predict(self) -> None:
+        """Where the predictions are."""
+        if self.trainer.is_global_zero:
+            print(f"predictions: {Path(self.trainer.default_root_dir).resolve() / PREDICTIONS_FILE}")
+
     def after_validate(self) -> None:
         """The same table of the validation clips, where there are any."""
         clips = len(self.datamodule.usable("val"))
@@ -170,24 +178,44 @@ def recipe_name(class_path: str) -> str:
 def checkpoint_arguments(arguments: list[str]) -> list[str]:
     """Put the configuration kept in ``--ckpt_path`` before the other arguments, which may change it.
 
-    So ``calm test --ckpt_path last.ckpt`` needs nothing else. Arguments are returned as they are where there is no
-    checkpoint, or where a ``--config`` is given.
+    So ``calm test --ckpt_path RUN`` needs nothing else; results go to the run that the checkpoint is of. A run folder
+    stands for its last checkpoint. Arguments are returned as they are where there is no checkpoint, or where a
+    ``--config`` is given.
+
+    Raises:
+        ValueError: no checkpoint of `calm fit`, or a damaged one.
     """
-    if "--config" in arguments or "-c" in arguments:
+    arguments = list(chain.from_iterable(_apart(argument) for argument in arguments))
+    given = [position for position, option in enumerate(arguments[:-1], 1) if option == "--ckpt_path"]
+    for position in given:
+        if (Path(arguments[position]) / LAST_CHECKPOINT).is_file():
+            arguments[position] = str(Path(arguments[position]) / LAST_CHECKPOINT)
+    if not given or "--config" in arguments or "-c" in arguments:
         return arguments
-    paths = [value for option, value in pairwise(arguments) if option == "--ckpt_path"]
-    paths += [argument.partition("=")[2] for argument in arguments if argument.startswith("--ckpt_path=")]
-    if not paths or not Path(paths[-1]).is_file():
-        return arguments
-    checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    config = yaml.safe_load(checkpoint.get(CHECKPOINT_KEY, {}).get("config") or "{}")
-    if not config:
-        raise ValueError(f"{paths[-1]} was not written by `calm fit`: it holds no configuration. Give --config too.")
+    file = Path(arguments[given[-1]])
+    if file.is_dir():
+        raise ValueError(f"--ckpt_path {file} is a folder without {LAST_CHECKPOINT}: `calm fit` leaves that in a run.")
+    if not file.is_file():
+        return arguments  # one of Lightning's words, such as "best"; else Lightning says that it is not there
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config = yaml.safe_load(checkpoint[CHECKPOINT_KEY]["config"])
+    except Exception as error:  # whatever torch makes of bytes that are no checkpoint
+        raise ValueError(
+            f"--ckpt_path {file} is damaged, or no checkpoint of `calm fit`, which keeps its configuration there "
+            f"({type(error).__name__})."
+        ) from error
     for name in ("ckpt_path", "test_after_fit"):
         config.pop(name, None)
+    folder = file.resolve().parent
+    config["run_dir"] = str(folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder / file.stem)
     # A file, and not a value, because further processes of a DDP run parse the same arguments again.
-    descriptor, file = tempfile.mkstemp(prefix="calm-", suffix=".yaml")
+    descriptor, scratch = tempfile.mkstemp(prefix="calm-", suffix=".yaml")
     with os.fdopen(descriptor, "w") as handle:
         yaml.safe_dump(config, handle, sort_keys=False)
-    atexit.register(os.unlink, file)
-    return [arguments[0], "--config", file, *arguments[1:]]
+    atexit.register(os.unlink, scratch)
+    return [arguments[0], "--config", scratch, *arguments[1:]]
+
+
+def _apart(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith(("--ckpt_path=", "--config=")) else [argument]

@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -30,11 +29,10 @@ from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.compare import Difference, Fold, Row, compare, half_width, paired_differences
 from calm_pl.progress import Task
 from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
-from calm_pl.training.results import write_json
+from calm_pl.training.results import wide_console, write_json
 
 ROWS_FILE = "rows.csv"
 QUESTION_FILE = "question.json"
-TABLE_WIDTH = 120
 
 
 def run_comparison(
@@ -226,8 +224,7 @@ def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = 
     for method, points in table.items():
         cells = [f"{100 * points[n][0]:.1f} ± {100 * points[n][1]:.1f}" if n in points else "" for n in shots]
         shown.add_row(method, *cells)
-    terminal = Console()
-    console = Console(width=max(terminal.width, TABLE_WIDTH))  # rather wrapped lines than figures cut off
+    console = wide_console()
     console.print(shown)
     differences = [
         difference

@@ -23,6 +23,7 @@ MULTI_LABEL_COLUMNS = {
 }  # fmt: skip
 SPOOFING_COLUMNS = {"accuracy": "accuracy %", "eer": "EER %", "macro_f1": "macro-F1 %", "nll": "NLL"}
 NO_SHARE = ("nll", "brier")
+TABLE_WIDTH = 120
 WITH_INTERVAL = 2  # of the columns, the first ones: a terminal is 80 columns wide
 
 
@@ -58,18 +59,24 @@ def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str],
         write_text(path, file.getvalue())
 
 
-def results_table(results: Mapping[str, Any], clips: int, part: str = "test") -> Table:
-    """The methods of one run side by side, the best in bold, with 95 % intervals; of several folds their means."""
-    over = f"{len(results['folds'])} folds" if "folds" in results else f"the {part} clips"
+def wide_console() -> Console:
+    """Prints tables whole: where there is no room in a line, the terminal wraps it, and no figure is cut off."""
+    return Console(width=max(Console().width, TABLE_WIDTH))
+
+
+def _headline(results: Mapping[str, Any], clips: int, part: str) -> str:
     count = results["shots"]
     shots = f"{'all' if count is None else count} {'shot' if count == 1 else 'shots'}"
-    table = Table(
-        title=(
-            f"{results['dataset']} · {results['backbone']} · {shots} · seed {results['seed']} · "
-            f"{results['protocol']} protocol · {clips} {part} clips"
-        ),
-        caption=f"\\[low, high]: 95 % interval over {over}",
+    return (
+        f"{results['dataset']} · {results['backbone']} · {shots} · seed {results['seed']} · "
+        f"{results['protocol']} protocol · {clips} {part} clips"
     )
+
+
+def results_table(results: Mapping[str, Any], part: str = "test") -> Table:
+    """The methods of one run side by side, the best in bold, with 95 % intervals; of several folds their means."""
+    over = f"{len(results['folds'])} folds" if "folds" in results else f"the {part} clips"
+    table = Table(caption=f"\\[low, high]: 95 % interval over {over}")
     columns = columns_of(results)
     table.add_column("method", no_wrap=True)
     for title in columns.values():
@@ -111,8 +118,9 @@ def _cell(figures: Mapping[str, Any], column: str, interval: bool) -> str:
 
 def print_table(results: Mapping[str, Any], clips: int, part: str = "test") -> None:
     """Print :func:`results_table` of the ``clips`` of one part, and who was left out."""
-    console = Console()
-    console.print(results_table(results, clips, part))
+    console = wide_console()
+    console.print(_headline(results, clips, part), style="italic", highlight=False, soft_wrap=True)
+    console.print(results_table(results, part))
     if results.get("attacks"):
         console.print(attacks_table(results))
     if results["skipped"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +11,11 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from calm_pl.progress import say
 from calm_pl.training.module import CalmModule
-from calm_pl.training.results import write_json, write_predictions
+from calm_pl.training.results import write_json, write_predictions, write_text
+
+PREDICTIONS_FILE = "predictions.csv"
+# What a fit and its test leave, besides configuration and checkpoints.
+FOUND = ("choices.json", "classifier", "results.json", "heads.json", PREDICTIONS_FILE, "report.html", "plots")
 
 
 class RunFolder(Callback):
@@ -54,8 +59,17 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             clips = module.data.clips_at(indices_N.tolist())
             write_predictions(
-                Path(trainer.default_root_dir) / "predictions.csv", clips, module.classes, probabilities_NC
+                Path(trainer.default_root_dir) / PREDICTIONS_FILE, clips, module.classes, probabilities_NC
             )
+
+
+def remove_findings(folder: Path) -> None:
+    """Of a run that is fitted anew with other settings: nothing found by the old ones may stand beside the new."""
+    old = [folder / name for name in FOUND if (folder / name).exists()]
+    if old:
+        say(f"{folder}: its settings change, so what was found with the old ones goes")
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -68,5 +82,8 @@ class SaveRunConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False, format="yaml")
-            (folder / self.config_filename).write_text(text)
+            file = folder / self.config_filename
+            if file.is_file() and file.read_text() != text:
+                remove_findings(folder)
+            write_text(file, text)
         self.already_saved = True

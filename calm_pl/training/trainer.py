@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Shards
 from calm_pl.data.stream import of_all_ranks
 from calm_pl.headstore import HeadStore
+from calm_pl.progress import say
 from calm_pl.training.extraction import (
     ClipDataModule,
     ExtractingTrainer,
@@ -26,6 +29,9 @@ class CalmTrainer(ExtractingTrainer):
 
         Devices, strategy, nodes and precision are this Trainer's. Clips that are stored already are left alone, so
         an interrupted extraction goes on where it was.
+
+        Raises:
+            ValueError: not a single clip can be used.
         """
         recipe, backbone = datamodule.recipe, datamodule.backbone
         store = datamodule.make_store(arithmetic(self.precision))
@@ -36,7 +42,17 @@ class CalmTrainer(ExtractingTrainer):
             data = ShardDataModule(recipe.urls(), *options)
         else:
             data = ClipDataModule(datamodule.asked(recipe.clips()), *options)
-        self.fill(store, HeadExtraction(backbone), data)
+        errors = self.fill(store, HeadExtraction(backbone), data)
+        if isinstance(data, ClipDataModule):
+            stored = len(data.keys) - len(store.missing(data.keys))
+            told = f"{stored:,} of {len(data.keys):,} clips are in {store.folder}"
+        else:
+            stored = len(store)
+            told = f"{len(errors):,} clips or shards cannot be used; {store.folder} holds {stored:,} clips, of any set"
+        if errors and not stored:
+            raise ValueError(f"nothing could be read: {errors[0]}" + (", and others" if len(errors) > 1 else ""))
+        if self.is_global_zero:
+            print(told)
 
     def fill(self, store: HeadStore, extraction: HeadExtraction, data: ClipDataModule | ShardDataModule) -> list[str]:
         """Let ``extraction`` write what the store lacks of the clips; return why clips of any rank cannot be used."""
@@ -53,8 +69,7 @@ class CalmTrainer(ExtractingTrainer):
         if processor:
             processor.warn_of_cut(cut, total)
             store.compact()
-            print(progress.summary(self.world_size))
+            say(f"{extraction.title}: {progress.summary(self.world_size)}")
             for error in sorted(set(errors)):
-                print(f"not stored: {error}")
-            print(f"{len(errors)} clips cannot be used; {len(store)} are in {store.folder}")
+                print(f"not stored: {error}", file=sys.stderr)
         return errors
