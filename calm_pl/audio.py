@@ -113,7 +113,9 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if not file.exists():
         raise AudioError(path, "no such file; a manifest's paths start from the manifest's folder")
     if not file.is_file():
-        raise AudioError(path, "is a folder; name the file in it")
+        raise AudioError(
+            path, "is a folder; name the file in it" if file.is_dir() else "is no ordinary file; copy it to one"
+        )
     if not os.access(file, os.R_OK):
         raise AudioError(path, "may not be read: permission denied; give yourself the right to")
     if file.stat().st_size == 0:

@@ -5,23 +5,28 @@ Shapes: N clips, K heads, D head dimension, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from typing_extensions import Self
 
+from calm_pl.backbone.checkpoints import SHIPPED
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import ClipLike, FrozenLALM
 from calm_pl.backbone.named import named_backbone
 from calm_pl.backbone.spec import Backbone
+from calm_pl.clip import Clip
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.metric_space import Whitened
 
@@ -30,6 +35,8 @@ WEIGHTS_FILE = "classifier.safetensors"
 FORMAT = 1
 # A saved classifier names the class that reads it; nothing outside this package is ever imported for it.
 TRUSTED_PACKAGE = "calm_pl."
+# What the reading of a damaged file can end in.
+DAMAGE = (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, ValueError)
 
 
 class CalmClassifier:
@@ -41,16 +48,20 @@ class CalmClassifier:
 
     Args:
         method: how heads become probabilities; None is CALM in the within-head metric.
-        device: where the backbone runs; None takes a GPU if there is one.
+        device: where the backbone runs: ``cpu``, ``cuda``, ``cuda:1``; None takes a GPU if there is one.
 
     Attributes:
-        classes: class names, in the order of the columns of :meth:`predict_proba`.
+        classes: class names (whole numbers, where the labels were), in the order of the columns of
+            :meth:`predict_proba`.
         backbone: which model's heads it reads.
+
+    Raises:
+        ValueError: there is no such device here.
     """
 
     def __init__(self, method: HeadClassifier | None = None, device: str | None = None) -> None:
         self.method = method or _default_method()
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
         self.classes: list[str] = []
         self.backbone: Backbone | None = None
         self.fingerprint: dict[str, str] = {}
@@ -59,39 +70,43 @@ class CalmClassifier:
 
     def fit(
         self,
-        files: Sequence[ClipLike],
-        labels: Sequence[str],
+        files: Iterable[ClipLike],
+        labels: Iterable[str] | Iterable[int] | Tensor,
         backbone: str | Backbone = "calm-tiny",
         dtype: str = "float32",
         batch_size: int = 8,
     ) -> Self:
-        """Learn from labelled clips.
+        """Learn from labelled clips. A fit that fails leaves what was learned before.
 
         Args:
             files: paths or Clips.
-            labels: class name of each.
+            labels: class name of each: all text, or all whole numbers; a list, an array or a tensor.
             backbone: a shipped name, a folder, a hub id, or a Backbone.
             dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
             batch_size: clips in one pass of the backbone.
 
         Raises:
-            ValueError: files and labels differ in number, or there are fewer than two classes.
+            ValueError: files and labels differ in number, a label is no name, there are fewer than two classes, or
+                files is one path.
             AudioError: a clip that cannot be used, named.
             BackboneError: the backbone cannot be loaded.
         """
-        if len(files) != len(labels):
-            raise ValueError(f"{len(files)} files and {len(labels)} labels: each clip needs one label.")
-        classes = sorted(set(labels))
+        clips, names = _several(files), _plain(labels)
+        if len(clips) != len(names):
+            raise ValueError(f"{len(clips)} files and {len(names)} labels: each clip needs one label.")
+        classes = sorted(set(names))
         if len(classes) < 2:
-            raise ValueError(f"labels name {len(classes)} class ({', '.join(classes)}): at least two are needed.")
-        self.backbone = backbone if isinstance(backbone, Backbone) else named_backbone(backbone)
-        self.dtype = dtype
-        self.fingerprint = self.backbone.fingerprint()
-        self._lalm = None
-        self.classes = classes
+            known = ", ".join(map(str, classes))
+            raise ValueError(f"labels name {len(classes)} class ({known}): at least two are needed.")
+        chosen = backbone if isinstance(backbone, Backbone) else named_backbone(backbone)
+        fingerprint = chosen.fingerprint()
+        self._lalm = None  # two models may not fit into memory, and an older one can be loaded again
+        lalm = chosen.load(dtype, self.device)
         index = {name: i for i, name in enumerate(classes)}
-        heads_NKD = self.lalm.head_outputs(files, batch_size=batch_size)
-        self.method.fit(heads_NKD, torch.tensor([index[label] for label in labels]), len(classes))
+        heads_NKD = lalm.head_outputs(clips, batch_size=batch_size)
+        self.method.fit(heads_NKD, torch.tensor([index[name] for name in names]), len(classes))
+        self.backbone, self.fingerprint, self.dtype = chosen, fingerprint, dtype
+        self.classes, self._lalm = classes, lalm
         return self
 
     @classmethod
@@ -113,15 +128,21 @@ class CalmClassifier:
             self._lalm = backbone.load(self.dtype, self.device)
         return self._lalm
 
-    def predict_proba(self, files: Sequence[ClipLike], batch_size: int = 8) -> Tensor:
-        """Class probabilities (N, C), float32, columns in the order of ``classes``. Raises AudioError."""
+    def predict_proba(self, files: Iterable[ClipLike], batch_size: int = 8) -> Tensor:
+        """Class probabilities (N, C), float32, columns in the order of ``classes``.
+
+        Raises:
+            AudioError: a clip that cannot be used, named.
+            ValueError: files is one path, and no list.
+        """
         self._fitted()
+        clips = _several(files)
         with torch.inference_mode():
-            probabilities_NC: Tensor = self.method(self.lalm.head_outputs(files, batch_size=batch_size))
+            probabilities_NC: Tensor = self.method(self.lalm.head_outputs(clips, batch_size=batch_size))
         return probabilities_NC
 
-    def predict(self, files: Sequence[ClipLike], batch_size: int = 8) -> list[str]:
-        """The most probable class of each clip. Raises AudioError."""
+    def predict(self, files: Iterable[ClipLike], batch_size: int = 8) -> list[str]:
+        """The most probable class of each clip. Raises as :meth:`predict_proba`."""
         return [self.classes[i] for i in self.predict_proba(files, batch_size).argmax(1).tolist()]
 
     def threshold(self, coverage: float) -> float:
@@ -142,13 +163,18 @@ class CalmClassifier:
         raise ValueError(f"coverage={coverage:g}: this classifier knows the confidence for a coverage of {known}.")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``classifier.json`` and ``classifier.safetensors``; the backbone stays where it is."""
+        """Write ``classifier.json`` and ``classifier.safetensors``; the backbone stays where it is.
+
+        One that fails leaves an older classifier in the folder as it was.
+        """
         backbone = self._fitted()
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        target = Path(folder).expanduser()
         local = Path(backbone.path).expanduser()
-        if local.is_dir():  # so that the classifier works from any working directory
+        # So that the classifier works from any working directory; a shipped name means the same in each.
+        if backbone.path not in (*SHIPPED, "random-qwen2-audio") and local.is_dir():
             backbone = replace(backbone, path=str(local.resolve()))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
+        weights = save(state)
         config = {
             "format": FORMAT,
             "classes": self.classes,
@@ -158,15 +184,22 @@ class CalmClassifier:
             "backbone_files": self.fingerprint,
             "dtype": self.dtype,
             "choices": self.method.choices(),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
-        weights_scratch, config_scratch = (target / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE))
-        save_file(state, weights_scratch)
-        config_scratch.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        # The config goes first and comes last: a folder with one is complete, and never half an older classifier.
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        weights_scratch.replace(target / WEIGHTS_FILE)
-        config_scratch.replace(target / CONFIG_FILE)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        contents = {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()}
+        scratch = {name: target / f".{name}.{os.getpid()}" for name in contents}
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            for name, content in contents.items():
+                scratch[name].write_bytes(content)
+            # The config goes first and comes last: a folder with one is complete, and never half an older classifier.
+            (target / CONFIG_FILE).unlink(missing_ok=True)
+            for name in contents:
+                scratch[name].replace(target / name)
+        finally:
+            for file in scratch.values():
+                file.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(
@@ -185,20 +218,30 @@ class CalmClassifier:
         Raises:
             FileNotFoundError: no classifier there.
             BackboneError: ``backbone`` is another one than the classifier was fitted on.
-            ValueError: the files are damaged or of an unknown format.
+            ValueError: the files are damaged or of an unknown format, or do not belong together; or there is no such
+                device here.
         """
         folder = _classifier_folder(folder_or_hub_id)
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-        if config.get("format") != FORMAT:
-            raise ValueError(f"{folder / CONFIG_FILE} has format {config.get('format')}; this version reads {FORMAT}.")
-        whitened = config.get("whitened")
-        method = Whitened(_method_class(whitened)()) if whitened else _method_class(config["method"])()
-        method.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        with _named_if_damaged(folder / CONFIG_FILE):
+            config = json.loads((folder / CONFIG_FILE).read_bytes())
+            if not isinstance(config, dict):
+                raise ValueError("it holds no JSON object")
+            if config.get("format") != FORMAT:
+                raise ValueError(f"it has format {config.get('format')}; this version reads {FORMAT}")
+            whitened = config.get("whitened")
+            method = Whitened(_method_class(whitened)()) if whitened else _method_class(config["method"])()
+            classes, dtype, fingerprint = list(config["classes"]), config["dtype"], dict(config["backbone_files"])
+            fitted_on = Backbone(**config["backbone"])
+        with _named_if_damaged(folder / WEIGHTS_FILE):
+            weights = (folder / WEIGHTS_FILE).read_bytes()
+            state = load(weights)
+            # Older classifiers name no digest.
+            if config.get("weights_sha256") not in (None, hashlib.sha256(weights).hexdigest()):
+                raise ValueError(f"these are other weights than {CONFIG_FILE} was saved with")
+            _check_number_of_classes(state, len(classes))
+            method.load_state_dict(state)
         classifier = cls(method, device)
-        classifier.classes = config["classes"]
-        classifier.dtype = config["dtype"]
-        classifier.fingerprint = config["backbone_files"]
-        fitted_on = Backbone(**config["backbone"])
+        classifier.classes, classifier.dtype, classifier.fingerprint = classes, dtype, fingerprint
         if backbone is None:
             classifier.backbone = fitted_on
         else:
@@ -219,6 +262,36 @@ def _default_method() -> HeadClassifier:
     return Calm(metric="whitened")
 
 
+def _usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"device={device!r} cannot be used here ({reason}): give cpu, cuda or cuda:1, or leave it out."
+        ) from error
+    return device
+
+
+def _several(files: Iterable[ClipLike]) -> list[ClipLike]:
+    if isinstance(files, (str, bytes, os.PathLike, Clip)):
+        raise ValueError(f"files is one clip ({files!r}): give a list, [file], also of one.")
+    return list(files)
+
+
+def _plain(labels: Iterable[Any]) -> list[Any]:
+    """Class names as plain str or int, as JSON keeps them, of whatever arrays, tensors and numpy values hold them."""
+    if isinstance(labels, (str, bytes)):
+        raise ValueError(f"labels is one text ({labels!r}): give a list with one label a clip.")
+    names = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+    for i, name in enumerate(names):
+        if type(name) not in (str, int, bool) or type(name) is not type(names[0]) or name == "":
+            raise ValueError(
+                f"labels[{i}] is {name!r}: give names that are all text, none empty, or all whole numbers."
+            )
+    return names
+
+
 def _check_same_backbone(fitted_on: dict[str, str], backbone: Backbone) -> None:
     found = backbone.fingerprint()
     different = sorted(name for name in fitted_on.keys() | found.keys() if fitted_on.get(name) != found.get(name))
@@ -235,12 +308,35 @@ def _class_path(method: HeadClassifier) -> str:
 
 def _method_class(class_path: str) -> type[HeadClassifier]:
     if not class_path.startswith(TRUSTED_PACKAGE):
-        raise ValueError(f"the classifier names {class_path}, which is no method of calm_pl: it is not loaded.")
+        raise ValueError(f"it names {class_path}, which is no method of calm_pl: it is not loaded")
     module, _, name = class_path.rpartition(".")
     method_class = getattr(import_module(module), name)
-    if not issubclass(method_class, HeadClassifier):
-        raise ValueError(f"the classifier names {class_path}, which is no method.")
-    return method_class  # type: ignore[no-any-return]
+    if not (isinstance(method_class, type) and issubclass(method_class, HeadClassifier)):
+        raise ValueError(f"it names {class_path}, which is no method")
+    return method_class
+
+
+@contextmanager
+def _named_if_damaged(file: Path) -> Iterator[None]:
+    """Make any `DAMAGE` a ValueError that names the file."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{file}: damaged, or of another version of calm_pl ({reason}). Copy the folder again from where it was "
+            "saved, or fit and save the classifier again."
+        ) from error
+
+
+def _check_number_of_classes(state: dict[str, Tensor], num_classes: int) -> None:
+    """The names of tensors tell which of their dimensions counts the classes: prototypes_CKD, weights_KC."""
+    for name, tensor in state.items():
+        shape = name.rpartition("_")[2]
+        if shape.isupper() and "C" in shape and tensor.shape[shape.index("C")] != num_classes:
+            raise ValueError(
+                f"{name} is for {tensor.shape[shape.index('C')]} classes, {CONFIG_FILE} names {num_classes}"
+            )
 
 
 def _classifier_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:

@@ -6,14 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calm_pl import CalmClassifier
 from calm_pl.audio import AudioError
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.baselines import SAV
 from calm_pl.cli import main
+from calm_pl.clip import Clip
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
 from tests.conftest import tone
@@ -39,12 +42,57 @@ def test_probabilities_are_probabilities(classifier, labelled):
     assert classifier.predict(labelled[0]) == [classifier.classes[i] for i in probabilities_NC.argmax(1)]
 
 
-def test_what_is_saved_predicts_the_same(classifier, labelled, tmp_path):
-    classifier.save_pretrained(tmp_path)
+def test_what_is_saved_predicts_the_same(classifier, labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    classifier.save_pretrained("~/saved")
+    tmp_path = tmp_path / "saved"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["classifier.json", "classifier.safetensors"]
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # whoever may read one may read both
     loaded = CalmClassifier.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.predict_proba(labelled[0]), classifier.predict_proba(labelled[0]))
     assert loaded.method.choices() == classifier.method.choices()
+
+
+@pytest.mark.parametrize(
+    "as_given", [list, np.array, torch.tensor, lambda labels: (np.int32(label) for label in labels)]
+)
+def test_whole_numbers_are_class_names_too(as_given, labelled, tiny_lalm, tmp_path):
+    numbers = [10 if name == "low" else 9 for name in labelled[1]]
+    fitted = CalmClassifier(SAV(num_heads=5)).fit(iter(labelled[0]), as_given(numbers), backbone=tiny_lalm)
+    fitted.save_pretrained(tmp_path)
+    for used in (fitted, CalmClassifier.from_pretrained(tmp_path)):
+        assert used.classes == [9, 10] and [type(name) for name in used.classes] == [int, int]
+        assert set(used.predict(iter(labelled[0]))) <= {9, 10}
+
+
+def test_names_in_an_array_are_text(labelled, tiny_lalm, tmp_path):
+    fitted = CalmClassifier(SAV(num_heads=5)).fit(labelled[0], np.array(labelled[1]), backbone=tiny_lalm)
+    assert [type(name) for name in fitted.classes] == [str, str, str]
+
+
+def test_a_save_or_a_fit_that_fails_leaves_the_older_classifier(labelled, tiny_lalm, tmp_path, monkeypatch):
+    classifier = CalmClassifier().fit(*labelled, backbone=tiny_lalm)
+    classifier.save_pretrained(tmp_path)
+    older = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    predicted = classifier.predict(labelled[0][:3])
+    with pytest.raises(AudioError, match="missing"):
+        classifier.fit([*labelled[0], "missing.wav"], [*labelled[1], "a new one"], dtype="bfloat16", backbone=tiny_lalm)
+    assert classifier.predict(labelled[0][:3]) == predicted and len(classifier.classes) == 3
+    assert classifier.dtype == "float32"
+    for broken in ("choices", "state_dict"):
+        with monkeypatch.context() as patched:
+            patched.setattr(classifier.method, broken, lambda: {"cannot be saved": object()})
+            with pytest.raises((TypeError, AttributeError)):
+                classifier.save_pretrained(tmp_path)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == older
+
+
+def test_a_shipped_backbone_is_saved_by_its_name(tones, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calm-tiny").mkdir()
+    files = sorted((tones / "train").rglob("0.wav"))
+    CalmClassifier(SAV(num_heads=5)).fit(files, [file.parent.name for file in files]).save_pretrained("saved")
+    assert json.loads(Path("saved/classifier.json").read_text())["backbone"]["path"] == "calm-tiny"
 
 
 def test_any_method_can_be_the_classifier(labelled, tiny_lalm, tmp_path):
@@ -120,11 +168,37 @@ def test_a_backbone_changed_since_fitting_is_noticed(labelled, tiny_lalm, tmp_pa
 
 @pytest.mark.parametrize(
     ("files", "labels", "message"),
-    [(["a.wav"], ["x", "y"], "1 files and 2 labels"), (["a.wav", "b.wav"], ["x", "x"], "at least two are needed")],
+    [
+        (["a.wav"], ["x", "y"], "1 files and 2 labels"),
+        (["a.wav", "b.wav"], ["x", "x"], "at least two are needed"),
+        (["a.wav", "b.wav"], [1, 1], "at least two are needed"),
+        ("ab", ["x", "y"], "files is one clip"),
+        (["a.wav", "b.wav"], "xy", "labels is one text"),
+        (["a.wav", "b.wav"], ["x", None], r"labels\[1\] is None"),
+        (["a.wav", "b.wav"], ["x", ""], r"labels\[1\] is ''"),
+        (["a.wav", "b.wav"], ["x", 1], r"labels\[1\] is 1"),
+        (["a.wav", "b.wav"], [1, float("nan")], r"labels\[1\] is nan"),
+        (["a.wav", "b.wav"], np.array([[0, 1], [1, 0]]), r"labels\[0\] is \[0, 1\]"),
+    ],
 )
 def test_fit_refuses_what_makes_no_sense(files, labels, message):
     with pytest.raises(ValueError, match=message):
         CalmClassifier().fit(files, labels)
+
+
+@pytest.mark.parametrize("one", [str, Path, lambda file: Clip(audio=str(file))])
+def test_one_path_is_no_list_of_files(classifier, labelled, one):
+    for use in (classifier.predict, classifier.predict_proba):
+        with pytest.raises(ValueError, match="files is one clip"):
+            use(one(labelled[0][0]))
+
+
+def test_a_device_that_is_not_there_is_told(capsys, classifier, labelled, tmp_path):
+    with pytest.raises(ValueError, match="device='gpu' cannot be used here.* give cpu"):
+        CalmClassifier(device="gpu")
+    classifier.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="calm: error: device='gpu'"):
+        main(["classify", str(tmp_path), "--device", "gpu", str(labelled[0][0])])
 
 
 def test_unfitted_says_what_to_do():
@@ -137,13 +211,56 @@ def test_a_folder_without_classifier_says_what_to_give(tmp_path):
         CalmClassifier.from_pretrained(tmp_path)
 
 
-def test_code_from_outside_is_never_imported(classifier, tmp_path):
+def edited(change):
+    def edit(folder):
+        config = json.loads((folder / "classifier.json").read_text())
+        change(config)
+        (folder / "classifier.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def truncated(name, length):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def with_other_weights(folder):
+    weights = load_file(folder / "classifier.safetensors")
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "classifier.safetensors", {"x": "y"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated("classifier.safetensors", 0), r"classifier\.safetensors: damaged"),
+        (truncated("classifier.safetensors", 3000), r"classifier\.safetensors: damaged"),
+        (with_other_weights, r"classifier\.safetensors: damaged.*other weights than classifier\.json"),
+        (truncated("classifier.json", 100), r"classifier\.json: damaged"),
+        (truncated("classifier.json", 0), r"classifier\.json: damaged"),
+        (lambda folder: (folder / "classifier.json").write_text("[1]"), r"classifier\.json: damaged"),
+        (edited(lambda config: config.pop("dtype")), r"classifier\.json: damaged.*'dtype' is missing"),
+        (edited(lambda config: config["backbone"].update(x=1)), r"classifier\.json: damaged.*'x'"),
+        (edited(lambda config: config["backbone"].update(pooling="x")), r"classifier\.json: damaged"),
+        (edited(lambda config: config.update(format=7)), r"classifier\.json: .*format 7; this version reads 1"),
+        (edited(lambda config: config.update(method="calm_pl.audio")), r"classifier\.json: damaged"),
+        (edited(lambda config: config.update(method="calm_pl.audio.load_audio")), r"classifier\.json: .*no method"),
+        (edited(lambda config: config.update(method="calm_pl.nothing.Here")), r"classifier\.json: damaged"),
+        (edited(lambda config: config.update(method=3)), r"classifier\.json: damaged"),
+        (edited(lambda config: config.update(method="os.path.join")), r"classifier\.json: .*no method of calm_pl"),
+        (edited(lambda config: config["classes"].pop()), "is for 3 classes, classifier.json names 2"),
+    ],
+)
+def test_a_damaged_folder_is_told_by_the_name_of_the_file(damage, message, classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "classifier.json").read_text())
-    config["method"] = "os.path.join"
-    (tmp_path / "classifier.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no method of calm_pl"):
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
         CalmClassifier.from_pretrained(tmp_path)
+
+
+def test_a_classifier_saved_without_a_digest_is_read(classifier, labelled, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    edited(lambda config: config.pop("weights_sha256"))(tmp_path)
+    assert CalmClassifier.from_pretrained(tmp_path).predict(labelled[0]) == classifier.predict(labelled[0])
 
 
 def test_a_bad_clip_is_named(classifier, tmp_path):
@@ -162,3 +279,18 @@ def test_classify_prints_a_line_a_file_and_names_the_bad_ones(classifier, tmp_pa
     assert header == "path,prediction,confidence"
     assert line.split(",")[:2] == [str(good), classifier.predict([good])[0]]
     assert "bad.wav" in shown.err
+
+
+def test_classify_tells_what_it_cannot_begin_with(classifier, labelled, tmp_path, capsys):
+    saved, empty, good = str(tmp_path / "classifier"), tmp_path / "empty", str(labelled[0][0])
+    classifier.save_pretrained(saved)
+    empty.mkdir()
+    assert main(["classify", saved, str(empty)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and f"{empty}: no audio file" in shown.err
+    assert main(["classify", saved, str(empty), "/dev/null", good]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2 and f"{empty}: no audio file" in shown.err
+    assert "/dev/null: is no ordinary file" in shown.err
+    with pytest.raises(SystemExit, match="--batch-size 0: at least 1"):
+        main(["classify", saved, good, "--batch-size", "0"])

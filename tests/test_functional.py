@@ -218,6 +218,68 @@ def test_half_precision_is_computed_in_float32(episode, dtype, tau):
         assert torch.equal(half, full)
 
 
+def test_autocast_changes_nothing():
+    queries, prototypes = torch.randn(2, 6, 4, 32, generator=torch.Generator().manual_seed(0))
+    labels, weights = torch.arange(6) % 2, torch.full((4, 6), 0.25)
+
+    def run():
+        metric = F.HeadMetric.estimate(queries, labels, 2)
+        return (
+            F.head_posteriors(queries, prototypes, 0.1),
+            F.leave_one_out_posteriors(queries, labels, 2, 0.1),
+            F.cosines(queries, prototypes),
+            F.vote(queries, prototypes, weights, 0.1),
+            F.whiten(queries, *F.whitening(queries, labels, 2, 0.3)),
+            F.whiten_by_factors(queries, metric.mean_KD, *metric.factors(0.3)),
+            metric.transform(0.3),
+        )
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    for under_autocast, plain in zip(found, run(), strict=True):
+        assert torch.equal(under_autocast, plain)
+
+
+def test_vote_is_differentiable_in_all_of_its_inputs():
+    generator = torch.Generator().manual_seed(0)
+    queries, prototypes = torch.randn(2, 5, 4, 3, generator=generator)
+    inputs = [queries, prototypes[:2], torch.rand(4, 2, generator=generator), torch.tensor([0.1, 0.2, 0.5, 1.0])]
+
+    def materialised(queries, prototypes, weights, tau):
+        return (torch.softmax(F.cosines(queries, prototypes) / tau[:, None], -1) * weights).sum(1)
+
+    for needed in (range(4), *([i] for i in range(4))):
+        leaves = [tensor.clone().requires_grad_(i in needed) for i, tensor in enumerate(inputs)]
+        wanted = [leaves[i] for i in needed]
+        expected = torch.autograd.grad(materialised(*leaves).square().sum(), wanted)
+        found = torch.autograd.grad(F.vote(*leaves, chunk_size=2).square().sum(), wanted)
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_whole_numbers_of_any_size_are_labels_or_indices():
+    labels = LABELS.int()
+    assert torch.equal(
+        F.leave_one_out_posteriors(HEADS, labels, 2, 0.1), F.leave_one_out_posteriors(HEADS, LABELS, 2, 0.1)
+    )
+    for scheme in F.SCHEMES:
+        found = F.head_reliability(POSTERIORS, labels, scheme)
+        assert torch.equal(found, F.head_reliability(POSTERIORS, LABELS, scheme))
+    assert torch.equal(F.global_reliability(POSTERIORS, labels), F.global_reliability(POSTERIORS, LABELS))
+    assert torch.equal(F.whitening(HEADS, labels, 2, 0.3)[1], F.whitening(HEADS, LABELS, 2, 0.3)[1])
+    assert torch.equal(F.sav_head_accuracy(HEADS, labels, 2), F.sav_head_accuracy(HEADS, LABELS, 2))
+    byte_indices = torch.tensor([2, 0], dtype=torch.uint8)
+    assert torch.equal(F.sav_votes(HEADS, PROTOTYPES, byte_indices), F.sav_votes(HEADS, PROTOTYPES, [2, 0]))
+
+
+def test_heads_of_any_size_that_is_not_refused_give_the_same_cosines():
+    plain = F.leave_one_out_posteriors(HEADS, LABELS, 2, 0.1)
+    assert_close(F.leave_one_out_posteriors(HEADS * 2.0**47, LABELS, 2, 0.1), plain)  # 1e14
+    mean, transform = F.whitening(HEADS * 2.0**47, LABELS, 2, 0.3)
+    expected = F.whiten(HEADS, *F.whitening(HEADS, LABELS, 2, 0.3))
+    assert_close(F.whiten(HEADS * 2.0**47, mean, transform), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_ties_break_by_the_lower_index():
     reliability = torch.tensor([[0.5], [0.9], [0.5], [0.9], [0.9]])
     assert F.head_weights(reliability, "margin_softmax", top_k=2).nonzero()[:, 0].tolist() == [1, 3]
@@ -294,7 +356,11 @@ NAN = torch.full_like(HEADS, torch.nan)
         (lambda: F.class_prototypes(HEADS[0], LABELS, 2), "heads_NKD"),
         (lambda: F.class_prototypes(NAN, LABELS, 2), "heads_NKD"),
         (lambda: F.class_prototypes(HEADS.long(), LABELS, 2), "heads_NKD"),
+        (lambda: F.class_prototypes(HEADS.tolist(), LABELS, 2), "heads_NKD: a tensor is needed; got list"),
+        (lambda: F.class_prototypes(HEADS.double() * 1e39, LABELS, 2), "heads_NKD"),
         (lambda: F.class_prototypes(HEADS, LABELS[:3], 2), "labels_N"),
+        (lambda: F.class_prototypes(HEADS, LABELS.tolist(), 2), "labels_N: a tensor is needed; got list"),
+        (lambda: F.class_prototypes(HEADS, LABELS.numpy(), 2), "labels_N: a tensor is needed; got ndarray"),
         (lambda: F.class_prototypes(HEADS, LABELS.float(), 2), "labels_N"),
         (lambda: F.class_prototypes(HEADS, LABELS - 1, 2), "labels_N"),
         (lambda: F.class_prototypes(HEADS, LABELS + 1, 2), "labels_N"),
@@ -302,6 +368,8 @@ NAN = torch.full_like(HEADS, torch.nan)
         (lambda: F.head_posteriors(HEADS, PROTOTYPES, 0.0), "tau"),
         (lambda: F.head_posteriors(HEADS, PROTOTYPES, float("nan")), "tau"),
         (lambda: F.head_posteriors(NAN, PROTOTYPES, 1.0), "queries_NKD"),
+        (lambda: F.head_posteriors(HEADS * 1e19, PROTOTYPES, 1.0), "queries_NKD holds .* beyond 1e"),
+        (lambda: F.head_posteriors(HEADS, PROTOTYPES * 1e19, 1.0), "prototypes_CKD holds .* beyond 1e"),
         (lambda: F.head_posteriors(HEADS, NAN, 1.0), "prototypes_CKD"),
         (lambda: F.head_posteriors(HEADS, PROTOTYPES[:0], 1.0), "prototypes_CKD"),
         (lambda: F.head_posteriors(HEADS, PROTOTYPES[:, :2], 1.0), "prototypes_CKD"),
@@ -312,6 +380,7 @@ NAN = torch.full_like(HEADS, torch.nan)
         (lambda: F.head_reliability(POSTERIORS[0], LABELS, "prob_softmax"), "posteriors_NKC"),
         (lambda: F.global_reliability(POSTERIORS, LABELS + 1), "labels_N"),
         (lambda: F.shrink_reliability(WEIGHTS, LABELS, 1.0), "counts_C"),
+        (lambda: F.shrink_reliability(WEIGHTS, [2, 2], 1.0), "counts_C"),
         (lambda: F.shrink_reliability(WEIGHTS, LABELS[:2], float("nan")), "alpha"),
         (lambda: F.head_weights(WEIGHTS, "margins"), "scheme"),
         (lambda: F.head_weights(WEIGHTS * torch.nan, "prob_softmax"), "reliability_KC"),
@@ -322,12 +391,16 @@ NAN = torch.full_like(HEADS, torch.nan)
         (lambda: F.vote(HEADS, PROTOTYPES, WEIGHTS * torch.inf, 1.0), "weights_KC"),
         (lambda: F.vote(HEADS, PROTOTYPES, WEIGHTS, 0.0), "tau"),
         (lambda: F.vote(HEADS, PROTOTYPES, WEIGHTS, 1.0, chunk_size=0), "chunk_size"),
+        (lambda: F.whitening(HEADS * 1e19, LABELS, 2, 0.3), "heads_NKD"),
+        (lambda: F.whitening(HEADS[:0], LABELS[:0], 2, 0.3), "heads_NKD holds no clip"),
         (lambda: F.whitening(HEADS, LABELS, 2, 1.5), "shrinkage"),
         (lambda: F.whitening(HEADS, LABELS, 2, float("nan")), "shrinkage"),
         (lambda: F.whiten(HEADS, HEADS[0, :2], torch.eye(5).expand(3, 5, 5)), "mean_KD"),
         (lambda: F.whiten(HEADS, HEADS[0], torch.eye(4).expand(3, 4, 4)), "transform_KDD"),
         (lambda: F.sav_votes(HEADS, PROTOTYPES, [3]), "head_indices"),
-        (lambda: F.sav_votes(HEADS, PROTOTYPES, []), "head_indices"),
+        (lambda: F.sav_votes(HEADS, PROTOTYPES, []), "head_indices is empty"),
+        (lambda: F.sav_votes(HEADS, PROTOTYPES, torch.tensor([True, False, True])), "head_indices"),
+        (lambda: F.sav_votes(HEADS, PROTOTYPES, [0.5]), "head_indices"),
         (lambda: F.sav_head_accuracy(HEADS, LABELS, 1), "labels_N"),
     ],
 )

@@ -6,18 +6,25 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Print ``path,prediction,confidence`` for every file; exit code 1 if one could not be used."""
+    """Print ``path,prediction,confidence`` of every file; exit code 1 if one, or a folder, could not be used."""
     options = _parser().parse_args(argv)
     from calm_pl.audio import EXTENSIONS, AudioError
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.classifier import CalmClassifier
 
-    files = list(_audio_files(options.files, EXTENSIONS))
+    if options.batch_size < 1:
+        sys.exit(f"calm: error: --batch-size {options.batch_size}: at least 1 clip a batch")
+    found = [(path, _audio_files(path, EXTENSIONS)) for path in options.files]
+    files = [file for _, inside in found for file in inside]
+    empty = [path for path, inside in found if not inside]
+    for path in empty:
+        print(f"calm: {path}: no audio file in this folder; looked for {', '.join(EXTENSIONS)}", file=sys.stderr)
+    if not files:
+        return 1
     try:
         classifier = CalmClassifier.from_pretrained(options.classifier, options.backbone, options.device)
         threshold = 0.0 if options.coverage is None else classifier.threshold(options.coverage)
@@ -42,16 +49,14 @@ def main(argv: list[str]) -> int:
                 writer.writerow([file, name, f"{confidence:.4f}"])
             sys.stdout.flush()
             break
-    return 1 if unusable else 0
+    return 1 if unusable or empty else 0
 
 
-def _audio_files(paths: list[Path], extensions: tuple[str, ...]) -> Iterator[Path]:
-    """Files as given; a folder stands for the audio files in it, at any depth."""
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
-        else:
-            yield path
+def _audio_files(path: Path, extensions: tuple[str, ...]) -> list[Path]:
+    """A file as given; a folder stands for the audio files in it, at any depth."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
 
 
 def _parser() -> argparse.ArgumentParser:

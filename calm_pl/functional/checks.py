@@ -5,26 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Larger head outputs are refused: the squares of a whole support set must add up to a float32.
+LARGEST_HEAD_OUTPUT = 1e15
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 SCHEMES = ("margin_clamped", "margin_softmax", "prob_softmax", "brier_softmax")
 
 
-def check_finite(name: str, tensor: Tensor, ndim: int) -> None:
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: a tensor is needed; got {type(value).__name__}")
+
+
+def check_finite(name: str, tensor: Tensor, ndim: int, largest: float = LARGEST_FLOAT32) -> None:
+    check_tensor(name, tensor)
     if tensor.ndim != ndim or (ndim == 3 and 0 in tensor.shape[1:]):
         raise ValueError(f"{name} must have {ndim} dimensions, none empty but N; got shape {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {tensor.dtype}")
-    # aminmax passes NaN on and, unlike isfinite, needs no mask as large as the tensor.
-    if tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity")
+    # aminmax passes NaN on, which is not <= anything, and, unlike isfinite, needs no mask as large as the tensor.
+    if tensor.numel() and not (torch.stack(tensor.detach().aminmax()).float().abs() <= largest).all():
+        raise ValueError(f"{name} holds NaN, infinity or a number beyond {largest:.3g}, too large for float32 inside")
 
 
 def check_heads(name: str, heads_NKD: Tensor) -> None:
-    check_finite(name, heads_NKD, 3)
+    check_finite(name, heads_NKD, 3, LARGEST_HEAD_OUTPUT)
 
 
 def check_queries(queries_NKD: Tensor, prototypes_CKD: Tensor) -> None:
     check_heads("queries_NKD", queries_NKD)
-    check_finite("prototypes_CKD", prototypes_CKD, 3)
+    check_heads("prototypes_CKD", prototypes_CKD)
     if not len(prototypes_CKD):
         raise ValueError("prototypes_CKD holds no class")
     if queries_NKD.shape[1:] != prototypes_CKD.shape[1:]:
@@ -44,6 +53,7 @@ def check_posteriors(posteriors_NKC: Tensor, labels_N: Tensor) -> int:
 def check_labels(labels_N: Tensor, num_clips: int, num_classes: int, lowest: int = 0) -> None:
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+    check_tensor("labels_N", labels_N)
     if labels_N.shape != (num_clips,):
         raise ValueError(f"labels_N must hold one label a clip, {num_clips}; got shape {tuple(labels_N.shape)}")
     if labels_N.dtype not in (torch.int64, torch.int32):

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from calm_pl.functional.checks import check_heads, check_labels, check_positive, check_queries
+from calm_pl.functional.precision import without_autocast
 
 MIN_NORM = 1e-8
 # Loops work on about this many numbers at a time: 8 MiB of them stay in the processor's cache.
 CHUNK_ELEMENTS = 2**21
 
 
+@without_autocast
 def class_prototypes(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
     """Mean head vectors of each class (CALM, section 3).
 
@@ -39,6 +41,7 @@ def class_prototypes(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> T
     return class_means(heads_NKD, labels_N, num_classes)
 
 
+@without_autocast
 def head_posteriors(queries_NKD: Tensor, prototypes_CKD: Tensor, tau: float) -> Tensor:
     """What each head on its own believes: softmax over classes of cosine / tau (CALM, section 3).
 
@@ -54,6 +57,7 @@ def head_posteriors(queries_NKD: Tensor, prototypes_CKD: Tensor, tau: float) -> 
     return torch.softmax(cosines(queries_NKD, prototypes_CKD) / tau, dim=-1)
 
 
+@without_autocast
 def leave_one_out_posteriors(heads_NKD: Tensor, labels_N: Tensor, num_classes: int, tau: float) -> Tensor:
     """Head posteriors of labelled clips, each against prototypes made without it, in closed form.
 
@@ -72,12 +76,14 @@ def leave_one_out_posteriors(heads_NKD: Tensor, labels_N: Tensor, num_classes: i
     return torch.softmax(leave_one_out_cosines(heads_NKD, labels_N, num_classes) / tau, dim=-1)
 
 
+@without_autocast
 def cosines(queries_NKD: Tensor, prototypes_CKD: Tensor) -> Tensor:
     """Cosine of every query with every prototype, head by head: (N, K, C), float32. Norms are clamped at
     1e-8."""
     return unit(queries_NKD.float()).transpose(0, 1).matmul(unit_columns(prototypes_CKD)).transpose(0, 1)
 
 
+@without_autocast
 def leave_one_out_cosines(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
     """`cosines` of labelled clips, the own class's prototype made without the clip itself: (N, K, C),
     float32."""

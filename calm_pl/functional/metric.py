@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calm_pl.functional.checks import check_heads, check_labels
 from calm_pl.functional.heads import chunks, class_means, default_chunk_size
+from calm_pl.functional.precision import without_autocast
 
 # Smallest eigenvalue relative to the largest: only a singular covariance with g = 0 ever meets it.
 MIN_EIGENVALUE = 1e-6
@@ -48,6 +49,7 @@ class HeadMetric:
     centre: float = 1.0
 
     @classmethod
+    @without_autocast
     def estimate(
         cls, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, centre: float = 1.0, whole: bool = False
     ) -> HeadMetric:
@@ -146,6 +148,7 @@ class HeadMetric:
         first = roots_KM.shape[1] - self.rank
         return self.vectors_KDM[:, :, first:], roots_KM[:, first:] / rest_K1 - 1, rest_K1[:, 0]
 
+    @without_autocast
     def transform(self, shrinkage: float | str | Tensor) -> Tensor:
         """A^(-1/2), symmetric: (K, D, D)."""
         axes_KDR, stretch_KR, rest_K = self.factors(shrinkage)
@@ -169,6 +172,7 @@ class HeadMetric:
         return (over_K / under_K).clamp(0, 1)
 
 
+@without_autocast
 def whitening(
     heads_NKD: Tensor, labels_N: Tensor, num_classes: int, shrinkage: float | Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -194,6 +198,8 @@ def whitening(
     """
     check_heads("heads_NKD", heads_NKD)
     check_labels(labels_N, len(heads_NKD), num_classes)
+    if not len(heads_NKD):
+        raise ValueError("heads_NKD holds no clip: the metric needs at least one")
     metric = HeadMetric.estimate(heads_NKD, labels_N, num_classes)
     return metric.mean_KD, metric.transform(shrinkage)
 
@@ -206,6 +212,7 @@ def _basis(heads_NKD: Tensor) -> Tensor | None:
     return basis_KDN
 
 
+@without_autocast
 def whiten(heads_NKD: Tensor, mean_KD: Tensor, transform_KDD: Tensor) -> Tensor:
     """Head vectors (or prototypes) in the within-head metric: (h - mean) A^(-1/2), shape (N, K, D), float32.
 
@@ -224,6 +231,7 @@ def whiten(heads_NKD: Tensor, mean_KD: Tensor, transform_KDD: Tensor) -> Tensor:
     return (centred_KND @ transform_KDD.float()).transpose(0, 1)
 
 
+@without_autocast
 def whiten_by_factors(
     heads_NKD: Tensor, mean_KD: Tensor, axes_KDR: Tensor, stretch_KR: Tensor, rest_K: Tensor
 ) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from calm_pl.functional.checks import check_finite, check_positive, check_posteriors, check_scheme
+from calm_pl.functional.checks import check_finite, check_positive, check_posteriors, check_scheme, check_tensor
 from calm_pl.functional.heads import class_means
+from calm_pl.functional.precision import without_autocast
 
 
+@without_autocast
 def head_reliability(posteriors_NKC: Tensor, labels_N: Tensor, scheme: str) -> Tensor:
     """How far each class may trust each head (CALM, section 3).
 
@@ -39,8 +41,10 @@ def head_reliability(posteriors_NKC: Tensor, labels_N: Tensor, scheme: str) -> T
     return class_means(evidence_NK, labels_N, num_classes).T.contiguous()
 
 
+@without_autocast
 def clip_evidence(posteriors_NKC: Tensor, labels_N: Tensor, scheme: str) -> Tensor:
     """The term that `head_reliability` averages, for every clip and head: (N, K)."""
+    labels_N = labels_N.long()  # gather and one_hot take no int32
     own_NK1 = posteriors_NKC.gather(-1, labels_N[:, None, None].expand(-1, posteriors_NKC.shape[1], 1))
     own_NK = own_NK1.squeeze(-1)
     if scheme == "prob_softmax":
@@ -52,6 +56,7 @@ def clip_evidence(posteriors_NKC: Tensor, labels_N: Tensor, scheme: str) -> Tens
     return margin_NK.clamp_min(0) if scheme == "margin_clamped" else margin_NK
 
 
+@without_autocast
 def global_reliability(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
     """One reliability a head, GRW's: the mean over all labelled clips of max(0, p_y - max over the other
     classes of p).
@@ -68,6 +73,7 @@ def global_reliability(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
     return evidence_NK.sum(0) / max(1, len(evidence_NK))
 
 
+@without_autocast
 def shrink_reliability(reliability_KC: Tensor, counts_C: Tensor, alpha: float) -> Tensor:
     """Pull the reliability of classes with few clips toward the mean reliability of all heads and classes.
 
@@ -82,6 +88,7 @@ def shrink_reliability(reliability_KC: Tensor, counts_C: Tensor, alpha: float) -
         ValueError: naming the argument that makes no sense.
     """
     check_finite("reliability_KC", reliability_KC, 2)
+    check_tensor("counts_C", counts_C)
     if counts_C.shape != reliability_KC.shape[1:]:
         raise ValueError(
             f"counts_C must hold one count a class, {reliability_KC.shape[1]}; got {tuple(counts_C.shape)}"
@@ -95,6 +102,7 @@ def shrink_reliability(reliability_KC: Tensor, counts_C: Tensor, alpha: float) -
     return reliability_KC * trust_C + reliability_KC.mean() * (1 - trust_C)
 
 
+@without_autocast
 def head_weights(reliability_KC: Tensor, scheme: str, tau_w: float = 1.0, top_k: int | None = None) -> Tensor:
     """Class-conditional weights: how much of each class's score comes from which head (CALM, section 3).
 
@@ -123,6 +131,7 @@ def head_weights(reliability_KC: Tensor, scheme: str, tau_w: float = 1.0, top_k:
     return power_KC / power_KC.sum(0)
 
 
+@without_autocast
 def global_weights(reliability_K: Tensor, tau_w: float = 1.0, top_k: int | None = None) -> Tensor:
     """GRW's weights, one for each head and shared by all classes: softmax of r / tau_w over the top_k heads,
     0 elsewhere.
