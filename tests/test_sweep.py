@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from calm_pl import cli
 from calm_pl.backbone import spec
 from calm_pl.commands.sweep import Point, default_folder, read_points
 from calm_pl.conf import config_names, find_config
+from calm_pl.training.module import CalmModule
 from tests.conftest import ROOT
 from tests.test_configs import parsed
 from tests.test_run import calm_process, options
@@ -270,3 +272,20 @@ def test_a_failed_point_does_not_stop_the_others(tones, tiny_lalm, tmp_path, cap
     )
     said = capsys.readouterr()
     assert "shots=40 failed" in said.err and "1 of 2 points" in said.out
+
+
+def test_a_stopped_point_stops_the_sweep(tones, tiny_lalm, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def stop(self):
+        tried.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CalmModule, "_fit_methods", stop)
+    data = map(str, options(tones, tiny_lalm)[:6])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main(["sweep", str(sweep_file(tmp_path)), *data, "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # which Lightning takes for itself
+    assert len(tried) == 1 and "calm: stopped" in capsys.readouterr().err

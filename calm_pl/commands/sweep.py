@@ -154,6 +154,10 @@ def run_points(
                 except Timeout:
                     continue
                 except SystemExit as stop:
+                    if isinstance(
+                        stop.__context__, KeyboardInterrupt
+                    ):  # Lightning's way of stopping; so does the sweep
+                        raise
                     failed[point.name] = str(stop.code)
                 left.remove(job)
                 task.advance(note=point.name)
