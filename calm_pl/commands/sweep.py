@@ -156,7 +156,7 @@ def run_points(
                 except SystemExit as stop:
                     if isinstance(
                         stop.__context__, KeyboardInterrupt
-                    ):  # Lightning's way of stopping; so does the sweep
+                    ):  # how Lightning stops
                         raise
                     failed[point.name] = str(stop.code)
                 left.remove(job)
