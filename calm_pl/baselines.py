@@ -138,13 +138,13 @@ class NearestPrototype(HeadClassifier):
     heads.
 
     Args:
-        num_heads: how many heads, counted from the last one: one layer's.
+        num_heads: how many heads, counted from the last one: one layer's (6: calm-tiny and Whisper-tiny).
         tau: temperature of the probabilities.
     """
 
     prototypes_CKD: Tensor
 
-    def __init__(self, num_heads: int, tau: float = 0.07) -> None:
+    def __init__(self, num_heads: int = 6, tau: float = 0.07) -> None:
         super().__init__()
         self.num_heads, self.tau = num_heads, tau
 
