@@ -1,7 +1,8 @@
-"""One file in, mono float32 at the model's rate out. T: samples."""
+"""One file in, mono float32 at the model's rate out. T: samples, O: samples of one block of output, W: of a window."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from functools import lru_cache
@@ -22,6 +23,19 @@ EXTENSIONS = (
     *(".m4a", ".aac", ".wma", *VIDEO_EXTENSIONS),  # by PyAV; of a video, its sound track
 )
 MIN_SECONDS = 0.01
+# What a header may say, in Hz. Slower than any recorder of sounds, a short file would be resampled to hours; faster
+# than any converter (bat detectors and studios end at 768 kHz) is a damaged header.
+MIN_RATE, MAX_RATE = 1_000, 1_000_000
+# Full scale is 1, but some float files hold integers of up to 32 bits. Larger samples are damage, and overflow in the
+# spectrogram.
+MAX_AMPLITUDE = 2.0**31
+
+# The kernel of torchaudio has rate x new rate / gcd^2 values: 71,000 from 44,100 to 16,000 Hz, 706 million from 44,099.
+_MAX_KERNEL = 2**20
+_KERNELS = 32  # kept: little more than 128 MiB of float32 at most
+# Torchaudio's defaults: zero crossings on each side of the windowed sinc, and its share of the band.
+_ZERO_CROSSINGS, _ROLLOFF = 6, 0.99
+_BLOCK = 2**20  # values of the filter computed at once
 
 # An MP3 header counts whole frames; decoders differ by the padding of the first and the last one.
 _MP3_SLACK = 2 * 1152
@@ -54,18 +68,21 @@ def load_audio(
 
     Args:
         path: the file.
-        sampling_rate: rate to resample to, in Hz, with torchaudio's windowed-sinc filter.
+        sampling_rate: rate to resample to, in Hz, with torchaudio's windowed-sinc filter. Where its kernel would be
+            huge, because the two rates have no large common divisor (44,099 Hz), the same filter is computed piece by
+            piece: pitch and length are exact at every rate.
         start: first second to read, reached by seeking; None is the beginning.
         end: last second to read; None is the end of the file.
         max_seconds: read no more than this many seconds from `start`.
 
     Returns:
-        float32 tensor (T,): the mean of the channels, in [-1, 1] for integer formats.
+        float32 tensor (T,): the mean of the channels, in [-1, 1] for integer formats; floats are taken as they are.
 
     Raises:
         AudioError: the file is missing, empty, not audio, truncated, shorter than 10 ms, holds a sample that
-            is no finite number (one is enough: resampling and the spectrogram would spread it), or `start`
-            and `end` lie outside it. The message names the file and says what to do.
+            is no finite number or beyond 2^31 (one is enough: resampling and the spectrogram would spread it), its
+            header tells a rate below 1 kHz or above 1 MHz, or `start` and `end` lie outside it. The message names
+            the file and says what to do.
     """
     with _open(path) as file:
         first, last = _segment(file, path, start, end)
@@ -79,7 +96,9 @@ def load_audio(
     if not torch.isfinite(wave).all():
         bad = int((~torch.isfinite(wave)).sum())
         raise AudioError(path, f"{bad} of its {len(wave)} samples are NaN or infinite; export it again")
-    return wave if rate == sampling_rate else _resampler(rate, sampling_rate)(wave)
+    if (peak := float(wave.abs().max())) > MAX_AMPLITUDE:
+        raise AudioError(path, f"holds a sample of {peak:.3g}, where full scale is 1: damaged; export it again")
+    return wave if rate == sampling_rate else _resampled(wave, rate, sampling_rate)
 
 
 def audio_seconds(path: str | os.PathLike[str], start: float | None = None, end: float | None = None) -> float:
@@ -111,6 +130,8 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     """
     file = Path(path)
     if not file.exists():
+        if file.is_symlink():
+            raise AudioError(path, f"a link to {os.readlink(file)}, which is not there; fetch that, or leave it out")
         raise AudioError(path, "no such file; a manifest's paths start from the manifest's folder")
     if not file.is_file():
         raise AudioError(
@@ -124,6 +145,16 @@ def check_file(path: str | os.PathLike[str]) -> Path:
 
 
 def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile | SoundTrack:
+    opened = _opened(path)
+    if not MIN_RATE <= opened.samplerate <= MAX_RATE:
+        opened.close()
+        raise AudioError(
+            path, f"its header says {opened.samplerate} Hz; rates from 1 kHz to 1 MHz are read, export it at one"
+        )
+    return opened
+
+
+def _opened(path: str | os.PathLike[str]) -> soundfile.SoundFile | SoundTrack:
     file = check_file(path)
     try:
         opened = soundfile.SoundFile(str(file))
@@ -194,6 +225,34 @@ def _too_short(seconds: float) -> str:
     return f"lasts {1000 * seconds:.1f} ms; less than 10 ms is no sound to classify, leave it out"
 
 
-@lru_cache(maxsize=32)
+def _resampled(wave_T: Tensor, rate: int, sampling_rate: int) -> Tensor:
+    common = math.gcd(rate, sampling_rate)
+    if (rate // common) * (sampling_rate // common) > _MAX_KERNEL:
+        return _resampled_piecewise(wave_T, rate, sampling_rate)
+    resampled_T: Tensor = _resampler(rate, sampling_rate)(wave_T)
+    return resampled_T
+
+
+def _resampled_piecewise(wave_T: Tensor, rate: int, sampling_rate: int) -> Tensor:
+    """What torchaudio's `Resample` gives, without its kernel: each output's filter is computed where it is needed.
+
+    Takes about 10 ms a second of sound, and some tens of MB.
+    """
+    band = _ROLLOFF * min(1, sampling_rate / rate)  # in parts of the input's
+    reach = math.ceil(_ZERO_CROSSINGS / band)
+    offsets_W = torch.arange(-reach, reach + 2)
+    windows_TW = torch.nn.functional.pad(wave_T, (reach, reach + 1)).unfold(0, len(offsets_W), 1)
+    length = -(-len(wave_T) * sampling_rate // rate)
+    pieces: list[Tensor] = []
+    for positions_O in torch.arange(length).split(max(1, _BLOCK // len(offsets_W))):
+        ticks_O = positions_O * rate  # in units of 1 / (rate x sampling_rate) s: whole numbers do not drift
+        distance_OW = band * (offsets_W - (ticks_O % sampling_rate / sampling_rate)[:, None])
+        hann_OW = torch.cos(distance_OW.clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS) * (math.pi / 2 / _ZERO_CROSSINGS)) ** 2
+        filters_OW = band * torch.sinc(distance_OW) * hann_OW
+        pieces.append((windows_TW[ticks_O // sampling_rate] * filters_OW).sum(dim=1))
+    return torch.cat(pieces)
+
+
+@lru_cache(maxsize=_KERNELS)
 def _resampler(rate: int, sampling_rate: int) -> Resample:
     return Resample(rate, sampling_rate)

@@ -48,6 +48,14 @@ def tone(path: Path, frequency: float, seconds: float = 0.6, seed: int = 0) -> P
     return path
 
 
+def damaged(path: Path) -> Path:
+    """A float file with one sample far beyond full scale."""
+    wave = np.zeros(RATE // 2, dtype=np.float32)
+    wave[100] = 3e38
+    soundfile.write(path, wave, RATE, subtype="FLOAT")
+    return path
+
+
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder data set of three classes: 4 training and 3 test clips each, of different lengths."""

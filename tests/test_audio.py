@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+from calm_pl import audio
 from calm_pl.audio import AudioError, audio_seconds, load_audio
 
 RATE = 16000
@@ -43,17 +44,51 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     torch.testing.assert_close(load_audio(tmp_path / "a.wav", RATE), torch.from_numpy(0.1 * wave))
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+@pytest.mark.parametrize("rate", [8000, 11127, 16001, 22050, 44099, 44100, 48000])
 def test_resampling_keeps_pitch_level_and_length(tmp_path: Path, rate: int) -> None:
-    soundfile.write(tmp_path / "a.wav", tone(1.0, rate), rate, subtype="FLOAT")
+    soundfile.write(tmp_path / "a.wav", tone(3.0, rate), rate, subtype="FLOAT")
     wave = load_audio(tmp_path / "a.wav", RATE)
-    assert len(wave) == RATE
-    torch.testing.assert_close(wave[800:-800], torch.from_numpy(tone(1.0))[800:-800], atol=5e-3, rtol=0)
+    assert len(wave) == 3 * RATE
+    torch.testing.assert_close(wave[800:-800], torch.from_numpy(tone(3.0))[800:-800], atol=5e-3, rtol=0)
 
 
-def test_resampling_does_not_alias(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", tone(1.0, 44100, hertz=15000), 44100)
+@pytest.mark.parametrize("rate", [44099, 44100])
+def test_resampling_does_not_alias(tmp_path: Path, rate: int) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(1.0, rate, hertz=15000), rate)
     assert load_audio(tmp_path / "a.wav", RATE)[800:-800].abs().max() < 0.01
+
+
+def test_rates_without_a_common_divisor_make_no_huge_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels: list[int] = []
+
+    class Recorded(audio.Resample):
+        def __init__(self, rate: int, sampling_rate: int) -> None:
+            assert rate * sampling_rate // math.gcd(rate, sampling_rate) ** 2 < 2**21, "gigabytes"
+            super().__init__(rate, sampling_rate)
+            kernels.append(self.kernel.numel())
+
+    monkeypatch.setattr(audio, "Resample", Recorded)
+    audio._resampler.cache_clear()
+    for rate in (8000, 11025, 11127, 22254, 37800, 44056, 44099, 44100, 47952, 96000, 999_999):
+        soundfile.write(tmp_path / "a.wav", tone(1.0, rate), rate)
+        assert len(load_audio(tmp_path / "a.wav", RATE)) == RATE
+    assert len(kernels) >= 5 and audio._resampler.cache_info().maxsize * max(kernels) * 4 < 2**28
+    audio._resampler.cache_clear()
+
+
+@pytest.mark.parametrize(("rate", "new"), [(44100, 16000), (48000, 16000), (11025, 24000), (1000, 16000)])
+def test_the_filter_computed_piece_by_piece_is_torchaudios(rate: int, new: int) -> None:
+    noise = torch.rand(2 * rate + 1, generator=torch.Generator().manual_seed(0)) - 0.5
+    direct = audio._resampled_piecewise(noise, rate, new)
+    torch.testing.assert_close(direct, audio.Resample(rate, new)(noise), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [10, 999, 2_000_000])
+def test_a_rate_that_no_recorder_has_is_an_error(tmp_path: Path, rate: int) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(), rate)
+    assert f"its header says {rate} Hz" in error_of(tmp_path / "a.wav")
+    with pytest.raises(AudioError):
+        audio_seconds(tmp_path / "a.wav")
 
 
 def test_start_and_end_cut_the_same_samples_as_slicing(tmp_path: Path) -> None:
@@ -78,6 +113,8 @@ def test_missing_empty_folder_and_text_files_are_named(tmp_path: Path) -> None:
     assert "no such file" in error_of(tmp_path / "missing.wav")
     assert "empty (0 bytes)" in error_of(tmp_path / "empty.wav")
     assert "is a folder" in error_of(tmp_path)
+    (tmp_path / "link.wav").symlink_to("gone.wav")
+    assert "a link to gone.wav, which is not there" in error_of(tmp_path / "link.wav")
     reason = error_of(tmp_path / "text.wav")
     assert "not audio" in reason
     assert "export it again" in reason
@@ -119,6 +156,17 @@ def test_one_sample_that_is_no_number_is_an_error(tmp_path: Path, value: float) 
     wave[1000] = value
     soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
     assert "1 of its 32000 samples are NaN or infinite" in error_of(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_a_sample_far_beyond_full_scale_is_an_error(tmp_path: Path, rate: int) -> None:
+    wave = tone(rate=rate)
+    wave[1000] = -3e38
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
+    assert "holds a sample of 3e+38, where full scale is 1" in error_of(tmp_path / "a.wav")
+    wave[1000] = -(2.0**31)  # a float file that holds 32-bit integers
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
+    assert torch.isfinite(load_audio(tmp_path / "a.wav", RATE)).all()
 
 
 def test_shorter_than_ten_milliseconds_is_an_error(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from calm_pl.cli import main
 from calm_pl.clip import Clip
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
-from tests.conftest import tone
+from tests.conftest import damaged, tone
 
 
 @pytest.fixture(scope="module")
@@ -273,12 +273,13 @@ def test_classify_prints_a_line_a_file_and_names_the_bad_ones(classifier, tmp_pa
     classifier.save_pretrained(tmp_path / "classifier")
     good = tone(tmp_path / "sounds" / "deep" / "good.wav", 200)
     (tmp_path / "sounds" / "bad.wav").write_bytes(b"")
+    damaged(tmp_path / "sounds" / "loud.wav")
     assert main(["classify", str(tmp_path / "classifier"), str(tmp_path / "sounds")]) == 1
     shown = capsys.readouterr()
     header, line = shown.out.strip().splitlines()
     assert header == "path,prediction,confidence"
     assert line.split(",")[:2] == [str(good), classifier.predict([good])[0]]
-    assert "bad.wav" in shown.err
+    assert "bad.wav" in shown.err and "loud.wav: holds a sample of 3e+38" in shown.err
 
 
 def test_classify_tells_what_it_cannot_begin_with(classifier, labelled, tmp_path, capsys):

@@ -58,6 +58,57 @@ def test_csv_with_a_byte_order_mark_quotes_and_lists(tmp_path: Path) -> None:
     ]
 
 
+def test_csv_with_spaces_around_cells(tmp_path: Path) -> None:
+    for name in (" begins.wav", "ends.wav "):
+        write(tmp_path / name, "")
+    path = write(
+        tmp_path / "m.csv",
+        'audio , label, start\n\n1.wav, dog ,1\n"2.wav", "dog",\n'
+        '" begins.wav",dog \nends.wav ,\t,\n3.wav , "[""a"", ""b""]"\n',
+    )
+    assert read_manifest(path) == [
+        Clip(f"{tmp_path}/1.wav", "dog", start=1.0),
+        Clip(f"{tmp_path}/2.wav", "dog"),
+        Clip(f"{tmp_path}/ begins.wav", "dog"),
+        Clip(f"{tmp_path}/ends.wav "),
+        Clip(f"{tmp_path}/3.wav", ("a", "b")),
+    ]
+
+
+def test_only_lists_are_lists_in_csv(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.csv", 'audio,label,group\n[1] a.wav,[music],[7]\n"[""b""].wav","[""a""] big",\n')
+    assert read_manifest(path) == [
+        Clip(f"{tmp_path}/[1] a.wav", "[music]", group="[7]"),
+        Clip(f'{tmp_path}/["b"].wav', '["a"] big'),
+    ]
+
+
+def test_a_label_given_twice_is_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.jsonl", '{"audio": "a.wav", "label": ["b", "a", "b"]}\n')
+    assert read_manifest(path)[0].label == ("b", "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('audio,label\n1.wav,x\n"a.wav,dog\nb.wav,cat\n', "line 3: not CSV (unexpected end of data); close each quote"),
+        ('audio,label\n"a.wav"x,dog\n', "line 2: not CSV"),
+        ('audio,label\n"a\nb.wav",dog\nc.wav,dog,1\n', "line 4: more cells"),
+        ("audio,label, label\na.wav,dog,cat\n", "line 1: 2 columns are called 'label'; keep one"),
+        (
+            "audio,label,mapped_label\na.wav,dog,cat\n",
+            "line 2: 'label' and 'mapped_label' mean the same, but are 'dog'",
+        ),
+        (
+            "audio,options\na.wav,[dog]\n",
+            'line 2: options must be a list of texts such as ["one", "two"], found \'[dog]\'',
+        ),
+    ],
+)
+def test_errors_in_csv(tmp_path: Path, text: str, complaint: str) -> None:
+    assert f"m.csv, {complaint}" in error_of(write(tmp_path / "m.csv", text))
+
+
 def test_json_by_split_and_the_published_names(tmp_path: Path) -> None:
     row = {
         "wav": "1.wav",
@@ -106,6 +157,14 @@ def test_what_a_folder_leaves_out_is_said(tmp_path: Path) -> None:
         assert len(read_manifest(tmp_path)) == 1
 
 
+def test_a_link_to_a_file_that_is_gone_is_a_clip(tmp_path: Path) -> None:
+    write(tmp_path / "dog/1.wav", "")
+    for name in ("dog/2.wav", "dog/notes.txt", "cat"):
+        (tmp_path / name).symlink_to("gone")
+    with pytest.warns(UserWarning, match=r"1 unnamed, 1 \.txt"):
+        assert [Path(clip.audio).name for clip in read_manifest(tmp_path)] == ["1.wav", "2.wav"]
+
+
 def test_unknown_columns_are_said(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", "audio,lable\n1.wav,dog\n")
     with pytest.warns(UserWarning, match="ignored lable; a clip has audio, label"):
@@ -127,6 +186,10 @@ def test_unknown_columns_are_said(tmp_path: Path) -> None:
         ('{"audio": "a.wav", "start": "soon"}', "start must be seconds, 0 or more, found 'soon'"),
         ('{"audio": "a.wav", "start": -1}', "start must be seconds"),
         ('{"audio": "a.wav", "end": NaN}', "end must be seconds"),
+        ('{"audio": "a.wav", "start": true}', "start must be seconds, 0 or more, found True"),
+        ('{"audio": "a.wav", "confidence": true}', "confidence must be a number from 0 to 1"),
+        ('{"audio": "a.wav", "wav": "b.wav"}', "'audio' and 'wav' mean the same, but are"),
+        ('{"audio": "a.wav", "label": "a", "label": "b"}', "'label' is there 2 times in one object"),
         ('{"audio": "a.wav", "start": 2, "end": 1}', "end 1 s is not after start 2 s"),
     ],
 )
@@ -143,20 +206,36 @@ def test_errors_of_whole_files(tmp_path: Path) -> None:
     assert "holds no clips" in error_of(write(tmp_path / "empty.jsonl", "\n"))
     assert "expected a list of clips" in error_of(write(tmp_path / "number.json", "3"))
     assert "line 2: not JSON" in error_of(write(tmp_path / "broken.json", "[\n{]"))
+    assert "'train' is there 2 times" in error_of(write(tmp_path / "twice.json", '{"train": [], "train": []}'))
     assert "entry 1 of 'dev'" in error_of(write(tmp_path / "split.json", '{"dev": [{"audio": "a.wav"}]}'))
     assert "line 2: more cells" in error_of(write(tmp_path / "m.csv", "audio,label\na.wav,dog, big\n"))
-    assert 'write ["one", "two"]' in error_of(write(tmp_path / "list.csv", "audio,label\na.wav,[dog]\n"))
     (tmp_path / "latin.csv").write_bytes(b"audio,label\na.wav,ca\xf1on\n")
     assert "not UTF-8" in error_of(tmp_path / "latin.csv")
     (tmp_path / "hollow" / "dog").mkdir(parents=True)
     assert "one sub-folder a class" in error_of(tmp_path / "hollow")
 
 
+def test_what_is_too_large_to_be_meant_is_an_error_with_its_line(tmp_path: Path) -> None:
+    deep, digits = "[" * 100_000, "1" * 5_000
+    for number, (name, text, complaint) in enumerate(
+        [
+            ("m.json", deep, ": lists in lists, too deep"),
+            ("m.jsonl", '\n{"audio": "a.wav", "label": ' + deep, ", line 2: lists in lists, too deep"),
+            ("m.csv", f"audio,label\na.wav,{deep}", ", line 2: lists in lists, too deep"),
+            ("m.csv", 'audio\n\n"a.wav\n' + "b.wav\n" * 30_000, ", line 3: not CSV (field larger than field limit"),
+            ("m.jsonl", f'{{"audio": "a.wav", "end": {digits}}}', ", line 1: "),
+            ("m.jsonl", f'{{"audio": "a.wav", "end": {digits[:400]}}}', ", line 1: end must be seconds"),
+        ]
+    ):
+        path = write(tmp_path / str(number) / name, text)
+        assert error_of(path).startswith(f"{path}{complaint}")
+
+
 texts = st.text(string.ascii_letters + string.digits + " ,\"é'[]", min_size=1).filter(str.strip)
 clips = st.builds(
     Clip,
     audio=st.sampled_from(["in/a.wav", "b ü.flac", "/else/c.wav"]),
-    label=st.none() | texts | st.lists(texts, min_size=1).map(tuple),
+    label=st.none() | texts | st.lists(texts, min_size=1, unique=True).map(tuple),
     split=st.sampled_from([None, "train", "val", "test"]),
     group=st.none() | texts,
     start=st.none() | st.floats(0, 10),

@@ -20,7 +20,7 @@ from calm_pl import cli
 from calm_pl.classifier import CalmClassifier
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.shards import write_shards
-from tests.conftest import tone
+from tests.conftest import damaged, tone
 
 METHODS = {"sav", "grw", "calm", "calm_whitened", "linear_probe", "zero_shot"}
 
@@ -181,12 +181,18 @@ def test_two_processes_give_what_one_gives(run_folder, tones, tiny_lalm, tmp_pat
 def test_unusable_clips_are_named_and_counted(tones, tiny_lalm, tmp_path, capsys):
     data = Path(shutil.copytree(tones, tmp_path / "data"))
     (data / "test" / "low" / "1.wav").write_bytes(b"")
+    (data / "test" / "low" / "2.wav").unlink()
+    (data / "test" / "low" / "2.wav").symlink_to("gone.wav")
+    damaged(data / "test" / "high" / "0.wav")
     calm("fit", *options(data, tiny_lalm, "--run_dir", tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["splits"]["test"] == 8
-    assert [Path(skipped["audio"]).name for skipped in results["skipped"]] == ["1.wav"]
-    assert "1.wav" in results["skipped"][0]["reason"]
-    assert "1 clips could not be used" in capsys.readouterr().out
+    assert results["splits"]["test"] == 6
+    reasons = {str(Path(clip["audio"]).relative_to(data)): clip["reason"] for clip in results["skipped"]}
+    assert reasons.keys() == {"test/low/1.wav", "test/low/2.wav", "test/high/0.wav"}
+    assert "1.wav" in reasons["test/low/1.wav"]
+    assert "a link to gone.wav" in reasons["test/low/2.wav"]
+    assert "a sample of 3e+38" in reasons["test/high/0.wav"]
+    assert "3 clips could not be used" in capsys.readouterr().out
 
 
 def cut_clips(*arguments: str | Path) -> tuple[int, list[str]]:

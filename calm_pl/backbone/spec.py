@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from calm_pl.backbone.processing import ClipProcessor
 
 # Raised whenever the code changes what a head output is, so that no stored vector outlives its meaning.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Read by the processor or the model; a readme may change without changing a head output.
 FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model")
 _loaded: dict[object, FrozenLALM] = {}  # the model that was loaded last

@@ -34,10 +34,11 @@ _FIELDS = tuple(field.name for field in fields(Clip))
 def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
     """Read a manifest: JSON Lines, JSON, CSV, or a folder with one sub-folder a class.
 
-    A JSON file is a list of clips, or an object of such lists by split ("support" is read as "train"). A cell
-    of a CSV file that holds a JSON list is a list: several labels, or the options. Folders named train, val
-    and test may stand above the class folders. The JSON of the published CALM code (`wav`, `mapped_label`) is
-    read as it is.
+    A JSON file is a list of clips, or an object of such lists by split ("support" is read as "train"). In a CSV
+    file, a JSON list as `label` or `options` is a list, any other text is a text, and spaces around a cell do not
+    count (of a path in quotes they do where a file is so called). A label that a clip has twice is one. Folders named
+    train, val and test may stand above the class folders; a link to a file that is gone is a clip that cannot be
+    heard. The JSON of the published CALM code (`wav`, `mapped_label`) is read as it is.
 
     Returns:
         The clips in the order of the file (of a folder: sorted by path), `audio` and `video` made absolute.
@@ -93,14 +94,14 @@ def _jsonl_rows(source: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 where = f"{source}, line {number}"
                 try:
-                    yield where, json.loads(line)
+                    yield where, _loads(line, where)
                 except json.JSONDecodeError as error:
                     raise ManifestError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
 
 
 def _json_rows(source: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = json.loads(source.read_text(encoding="utf-8-sig"))
+        content = _loads(source.read_text(encoding="utf-8-sig"), str(source))
     except json.JSONDecodeError as error:
         raise ManifestError(f"{source}, line {error.lineno}: not JSON ({error.msg})") from None
     parts = content if isinstance(content, dict) else {"": content}
@@ -115,21 +116,63 @@ def _json_rows(source: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(source: Path) -> Iterator[tuple[str, Any]]:
     with source.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            where = f"{source}, line {reader.line_num}"
-            if None in row:
-                raise ManifestError(f"{where}: more cells than the header; quote a text that holds a comma")
-            yield where, {name: _cell(value, where) for name, value in row.items() if value}
+        reader = csv.reader(file, skipinitialspace=True, strict=True)
+        header: list[str] = []
+        line = 1  # where the row begins: quoted cells may hold line breaks
+        try:
+            for cells in reader:
+                where, line = f"{source}, line {line}", reader.line_num + 1
+                if not header:
+                    header = _header(cells, where)
+                elif len(cells) > len(header):
+                    raise ManifestError(f"{where}: more cells than the header; quote a text that holds a comma")
+                elif cells:
+                    named = zip(header, cells, strict=False)
+                    row = {name: _cell(_ALIASES.get(name, name), text, source.parent, where) for name, text in named}
+                    yield where, {name: value for name, value in row.items() if value}
+        except csv.Error as error:
+            raise ManifestError(
+                f"{source}, line {line}: not CSV ({error}); close each quote, and double one inside a quoted text"
+            ) from None
 
 
-def _cell(text: str, where: str) -> Any:
-    if not text.startswith("["):
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    for name, count in Counter(names).items():
+        if name and count > 1:
+            raise ManifestError(f"{where}: {count} columns are called {name!r}; keep one")
+    return names
+
+
+def _cell(name: str, text: str, folder: Path, where: str) -> Any:
+    stripped = text.strip()
+    if name in ("audio", "video") and stripped != text and os.path.exists(folder / text):
         return text
+    if name in ("label", "options") and stripped.startswith("["):
+        try:
+            return _loads(stripped, where)
+        except json.JSONDecodeError:  # a text such as [music]
+            return stripped
+    return stripped
+
+
+def _loads(text: str, where: str) -> Any:
+    """`json.loads`; what else than a JSONDecodeError may come of it is a ManifestError."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
-        raise ManifestError(f'{where}: {text!r} is no JSON list; write ["one", "two"]') from None
+        raise
+    except RecursionError:
+        raise ManifestError(f"{where}: lists in lists, too deep to be read; a clip needs no more than one") from None
+    except ValueError as error:  # a name that is there twice, a number of thousands of digits
+        raise ManifestError(f"{where}: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} is there {count} times in one object; keep one")
+    return dict(pairs)
 
 
 def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
@@ -140,7 +183,12 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
     for key, value in row.items():
         name = _ALIASES.get(key, key)
         if name in _FIELDS and value is not None:
-            values.setdefault(name, value)
+            if name in values and values[name] != value:
+                other = next(alias for alias, meant in _ALIASES.items() if meant == name)
+                raise ManifestError(
+                    f"{where}: {name!r} and {other!r} mean the same, but are {values[name]!r} and {value!r}; keep one"
+                )
+            values[name] = value
         elif name not in (*_FIELDS, *_HINTS):
             ignored[key] += 1
     if not values.get("audio") and not values.get("video"):
@@ -153,8 +201,10 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
         if name in values:
             values[name] = os.path.normpath(folder / values[name])
     if "label" in values:
-        read = _texts if isinstance(values["label"], list) else _text
-        values["label"] = read(values["label"], "label", where)
+        if isinstance(values["label"], list):
+            values["label"] = tuple(dict.fromkeys(_texts(values["label"], "label", where)))
+        else:
+            values["label"] = _text(values["label"], "label", where)
     if "options" in values:
         values["options"] = _texts(values["options"], "options", where)
     if values.get("split") not in (None, *SPLITS):
@@ -178,28 +228,30 @@ def _text(value: Any, name: str, where: str) -> str:
 
 def _texts(value: Any, name: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ManifestError(f"{where}: {name} must be a list of texts, found {value!r}")
+        raise ManifestError(f'{where}: {name} must be a list of texts such as ["one", "two"], found {value!r}')
     return tuple(_text(item, name, where) for item in value)
 
 
 def _seconds(value: Any, name: str, where: str) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
+    seconds = _number(value)
     if not (0 <= seconds < math.inf):
         raise ManifestError(f"{where}: {name} must be seconds, 0 or more, found {value!r}")
     return seconds
 
 
 def _share(value: Any, where: str) -> float:
-    try:
-        share = float(value)
-    except (TypeError, ValueError):
-        share = math.nan
+    share = _number(value)
     if not 0 <= share <= 1:
         raise ManifestError(f"{where}: confidence must be a number from 0 to 1, found {value!r}")
     return share
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none; `true` is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _read_folder(root: Path) -> list[Clip]:
@@ -228,4 +280,6 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _is_visible_file(path: Path, root: Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    # A link whose target is gone is told as a clip that cannot be used is.
+    there = path.is_file() or (path.is_symlink() and not path.exists())
+    return there and not any(part.startswith(".") for part in path.relative_to(root).parts)

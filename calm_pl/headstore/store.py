@@ -251,7 +251,10 @@ class HeadStore:
                 f"head outputs of {self._name(keys[row])} are too large for {self.dtype}; "
                 "keep this store in bfloat16 or float32"
             )
-        raise ValueError(f"head outputs of {self._name(keys[row])} are not finite")
+        raise ValueError(
+            f"head outputs of {self._name(keys[row])} are not finite; leave the clip out, or run the backbone in "
+            "bfloat16 or float32"
+        )
 
     def _touch(self) -> None:
         """The key file's time of modification is the store's last use."""
