@@ -154,9 +154,7 @@ def run_points(
                 except Timeout:
                     continue
                 except SystemExit as stop:
-                    if isinstance(
-                        stop.__context__, KeyboardInterrupt
-                    ):  # how Lightning stops
+                    if isinstance(stop.__context__, KeyboardInterrupt):  # how Lightning stops
                         raise
                     failed[point.name] = str(stop.code)
                 left.remove(job)
