@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from typing_extensions import Self
 
-from calm_pl.backbone.checkpoints import SHIPPED
+from calm_pl.backbone.checkpoints import WITHOUT_DOWNLOAD
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import ClipLike, FrozenLALM
 from calm_pl.backbone.named import named_backbone
@@ -171,7 +171,7 @@ class CalmClassifier:
         target = Path(folder).expanduser()
         local = Path(backbone.path).expanduser()
         # So that the classifier works from any working directory; a shipped name means the same in each.
-        if backbone.path not in (*SHIPPED, "random-qwen2-audio") and local.is_dir():
+        if backbone.path not in WITHOUT_DOWNLOAD and local.is_dir():
             backbone = replace(backbone, path=str(local.resolve()))
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
         weights = save(state)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import os
 import random
 import tempfile
@@ -20,7 +19,6 @@ from calm_pl.headstore import HeadStore, HeadStoreError, clip_key, file_digest, 
 from calm_pl.headstore import store as store_module
 from calm_pl.headstore.index import ShardIndex
 from calm_pl.headstore.inventory import delete, list_stores, tidy
-from calm_pl.headstore.plans import KEPT
 from calm_pl.headstore.store import MERGE_EVERY
 
 KEY = {"backbone": "tiny", "prompt": "What sound is this?"}
@@ -283,55 +281,6 @@ def test_any_interleaving_of_writers_reads_back_what_was_written_first(operation
             assert {"abcdefgh"[index] for index in missing} == set("abcdefgh") - set(first)
             if first:
                 assert torch.equal(store.read(list(first)), torch.stack(list(first.values())))
-
-
-# Plans
-
-
-def plan(store: HeadStore, keys: list[str], batch_size: int = 2) -> list[list[str]]:
-    def split(rows: list[int]) -> list[list[int]]:
-        return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
-
-    store.folder.mkdir(parents=True, exist_ok=True)
-    batches = store.planned_batches(keys, store.missing(keys), batch_size, split)
-    return [[keys[index] for index in batch] for batch in batches]
-
-
-def plan_files(store: HeadStore) -> list[Path]:
-    return sorted(store.folder.glob("plan-*.json"))
-
-
-def test_batches_that_were_planned_are_taken_whole_until_all_of_the_plan_is_held(tmp_path: Path) -> None:
-    store, other = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
-    assert plan(store, list("abcde")) == [["a", "b"], ["c", "d"], ["e"]]
-    store.write(["a", "b", "d"], heads(3))
-    assert plan(other, list("edcba")) == [["c", "d"], ["e"]]  # whatever the order
-    assert plan(other, list("eca")) == [["e"], ["c"]]  # d is not here
-    assert plan(other, list("xcda")) == [["c", "d"], ["x"]]
-    assert plan(other, list("abcde"), batch_size=3) == [["c", "e"]]
-    assert plan(other, list("ab")) == []
-    store.write(["c", "e"], heads(2))
-    assert plan(store, ["x", "y"]) == [["x"], ["y"]]
-    assert len(plan_files(store)) == 2  # of x, of y
-
-
-def test_plans_that_are_never_finished_do_not_gather(tmp_path: Path) -> None:
-    store = HeadStore(KEY, tmp_path)
-    for index in range(KEPT + 10):
-        plan(store, [str(index)])
-    assert len(plan_files(store)) == KEPT + 1
-    assert plan(store, ["73", "x"]) == [["73"], ["x"]]
-
-
-def test_a_folder_that_takes_no_plan_is_planned_for_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "read-only")
-
-    monkeypatch.setattr("calm_pl.headstore.plans.write_atomically", refuse)
-    monkeypatch.setattr("calm_pl.headstore.store.write_atomically", refuse)
-    assert plan(HeadStore(KEY, tmp_path), ["a", "b", "c"]) == [["a", "b"], ["c"]]
 
 
 # Damage

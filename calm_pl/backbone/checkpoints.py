@@ -12,6 +12,8 @@ from calm_pl.backbone.errors import BackboneError
 # checkpoint's own can so be read, and is run only with trust_remote_code.
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 SHIPPED = {"calm-tiny": Path(__file__).parent / "calm-tiny"}
+RANDOM = "random-qwen2-audio"  # made on the fly
+WITHOUT_DOWNLOAD = (*SHIPPED, RANDOM)  # these names win over folders that are called so
 
 
 def resolve_checkpoint(
@@ -31,7 +33,7 @@ def resolve_checkpoint(
     name = os.fspath(path_or_hub_id)
     if name in SHIPPED:
         return SHIPPED[name]
-    if name == "random-qwen2-audio":
+    if name == RANDOM:
         from calm_pl.backbone.random_checkpoint import random_qwen2_audio
 
         return random_qwen2_audio()
@@ -46,7 +48,7 @@ def resolve_checkpoint(
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BackboneError(
             f"{name!r} is neither a folder on this machine nor a hub id (owner/model). "
-            f"Names that need no download: {', '.join([*SHIPPED, 'random-qwen2-audio'])}."
+            f"Names that need no download: {', '.join(WITHOUT_DOWNLOAD)}."
         )
     return _from_hub(name, revision, [p for p in CHECKPOINT_FILES if weights or p != "*.safetensors"])
 

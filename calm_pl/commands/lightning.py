@@ -85,8 +85,8 @@ def expand_names(argv: list[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
-        if option == "--config" and not Path(value if equals else (rest or [""])[0]).is_file():
-            sys.exit(f"calm: error: --config {value if equals else (rest or [''])[0]}: there is no such file")
+        if option == "--config" and not Path(file := value or "".join(rest[:1])).is_file():
+            sys.exit(f"calm: error: --config {file}: there is no such file")
         if option not in GROUPS:
             expanded.append(argument)
             continue

@@ -203,7 +203,7 @@ def checkpoint_arguments(arguments: list[str]) -> list[str]:
     except Exception as error:  # whatever torch makes of bytes that are no checkpoint
         raise ValueError(
             f"--ckpt_path {file} is damaged, or no checkpoint of `calm fit`, which keeps its configuration there "
-            f"({type(error).__name__})."
+            f"({type(error).__name__}): name another run, or give --config too."
         ) from error
     for name in ("ckpt_path", "test_after_fit"):
         config.pop(name, None)
