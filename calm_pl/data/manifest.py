@@ -50,7 +50,10 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
     if source.is_dir():
         return _read_folder(source)
     if not source.exists():
-        raise ManifestError(f"{source}: no such manifest file or folder")
+        raise ManifestError(
+            f"{source}: no such manifest file or folder; give a .jsonl, .json or .csv file that lists clips, or a "
+            f"folder of classes (a path that starts without / is looked for in {Path.cwd()})"
+        )
     readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
     reader = readers.get(source.suffix.lower())
     if reader is None:

@@ -21,19 +21,24 @@ from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import SHRINKAGES, MetricSpace, directions
+from calm_pl.methods.metric_space import MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
-CENTRES = (0.5, 1.0)
+CENTRES = (0.8, 1.0)
 TAUS = (0.05, 0.1, 0.2)
+# g = c / (c + N - C): what c clips would say that vary alike in every direction, beside the N - C that the support set
+# has to tell of variation inside classes.
+ROUND_CLIPS = (4, 16, 64, 256)
 # A head's reliability to the power n is what n clips in a row would say for it: no power exceeds the clips of a class.
 POWERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
-DEFAULT_CENTRE = 0.9
-DEFAULT = {"tau": 0.15, "tau_w": 1.0}
-HEARD_SPREAD = 0.11  # of a head's prototypes, as a share of its squared length: with less it says next to nothing
+DEFAULT_CENTRE = 1.0
+DEFAULT = {"tau": 0.1, "tau_w": 1.0}
+# Spread of a head's prototypes of one clip each, as a share of its squared length: with less it says next to nothing.
+# Chance moves prototypes of n clips by the n-th part.
+HEARD_SPREAD = 0.11
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
@@ -166,8 +171,10 @@ class LearnedWeights(MetricSpace):
                 return weights_KC
             return (count * weights_KC + self.base_clips * base_K1) / (count + self.base_clips)
 
+        heard_K = heard(left_out.prototypes_KCD, len(labels_N) / num_classes)
+
         def start(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
-            return with_base(shared_weights(posteriors_NKC, labels_N, power), len(labels_N))
+            return with_base(shared_weights(posteriors_NKC, labels_N, heard_K, power), len(labels_N))
 
         if len(clips):
             posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau, -1)
@@ -175,7 +182,8 @@ class LearnedWeights(MetricSpace):
             choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start)
             self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
         else:
-            weights_KC = with_base(spread_weights(left_out.prototypes_KCD), len(labels_N))
+            alike_KC = F.head_weights(heard_K[:, None], "margin_clamped").expand(-1, num_classes)
+            weights_KC = with_base(alike_KC, len(labels_N))
             choices |= self._no_trust()
             self.source = None
         self.keep(
@@ -236,13 +244,15 @@ class LearnedWeights(MetricSpace):
         found = []
         sharpest = max(2, len(labels_N) / num_classes)
         powers = [power for power in POWERS if 1 / power <= sharpest]
+        shrinkages = [count / (count + metric.freedom) for count in ROUND_CLIPS]
         for centre in CENTRES if self.centre is None else (self.centre,):
             left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric.around(centre))
-            for shrinkage in SHRINKAGES if self.shrinkage is None else (self.shrinkage,):
+            heard_K = heard(left_out.prototypes_KCD, len(labels_N) / num_classes)
+            for shrinkage in shrinkages if self.shrinkage is None else (self.shrinkage,):
                 cosines_NKC = left_out.cosines(shrinkage, clips)
                 for tau in TAUS if self.tau is None else (self.tau,):
                     posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
-                    reliability_NK = reliability_without(posteriors_NKC, labels_N[clips])
+                    reliability_NK = reliability_without(posteriors_NKC, labels_N[clips], heard_K)
                     for power in powers:
                         weights_NK = F.head_weights(reliability_NK.T, "margin_clamped", power).T
                         scores_NC = torch.einsum("nkc,nk->nc", posteriors_NKC, weights_NK)
@@ -365,29 +375,39 @@ class LearnedWeights(MetricSpace):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def shared_weights(posteriors_NKC: Tensor, labels_N: Tensor, power: float) -> Tensor:
-    """GRW's reliabilities as weights, the same for every class: r^(1/power) over its sum, (K, C)."""
-    reliability_K1 = F.global_reliability(posteriors_NKC, labels_N)[:, None]
+def heard(prototypes_KCD: Tensor, shots: float) -> Tensor:
+    """How much each head hears, from 0 to 1: s^4 / (s^4 + (HEARD_SPREAD / shots)^4), (K,).
+
+    s is the mean square distance of its prototypes from their mean; head outputs are of length 1. A head that hears all
+    classes alike has little to say. Beyond that, a wider spread says nothing.
+    """
+    spread_K = prototypes_KCD.var(1, correction=0).sum(1)
+    fourth_K = (spread_K * shots / HEARD_SPREAD) ** 4
+    return fourth_K / (1 + fourth_K)
+
+
+def clip_trust(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor) -> Tensor:
+    """What each clip says for each head: Brier's score of its posterior, for as much as the head hears, (N, K).
+
+    A proper score, in which a head that is wrong with certainty loses more than one that is undecided. It counts from
+    1/C below nothing, so that guessing, which scores 1/C, is worth as much again.
+    """
+    score_NK = F.clip_evidence(posteriors_NKC, labels_N, "brier_softmax")
+    return (score_NK + 1 / posteriors_NKC.shape[2]) * heard_K
+
+
+def shared_weights(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor, power: float) -> Tensor:
+    """Reliabilities as weights, the same for every class: max(0, r)^(1/power) over its sum, (K, C)."""
+    reliability_K1 = clip_trust(posteriors_NKC, labels_N, heard_K).mean(0)[:, None]
     return F.head_weights(reliability_K1, "margin_clamped", power).expand(-1, posteriors_NKC.shape[2])
 
 
-def spread_weights(prototypes_KCD: Tensor) -> Tensor:
-    """Weights of heads that no clip has judged, the same for every class: s^4 / (s^4 + HEARD_SPREAD^4) over its sum,
-    (K, C), with s the mean square distance of a head's prototypes from their mean; head outputs are of length 1.
-
-    A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing.
-    """
-    spread_K1 = prototypes_KCD.var(1, correction=0).sum(1, keepdim=True)
-    fourth_K1 = (spread_K1 / HEARD_SPREAD) ** 4
-    return F.head_weights(fourth_K1 / (1 + fourth_K1), "margin_clamped").expand(-1, prototypes_KCD.shape[1])
-
-
-def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
-    """For every clip GRW's reliabilities by the clips of all other classes, (N, K).
+def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor) -> Tensor:
+    """For every clip the reliabilities by the clips of all other classes, (N, K).
 
     A clip must not choose the heads that judge it, nor may its classmates, whom a prototype judges that it is part of.
     """
-    evidence_NK = F.clip_evidence(posteriors_NKC, labels_N, "margin_clamped")
+    evidence_NK = clip_trust(posteriors_NKC, labels_N, heard_K)
     of_class_NC = one_hot(labels_N, posteriors_NKC.shape[2]).to(evidence_NK)
     sums_CK, counts_C = of_class_NC.T @ evidence_NK, of_class_NC.sum(0)
     others_CK = (sums_CK.sum(0) - sums_CK) / (len(labels_N) - counts_C).clamp_min(1)[:, None]
