@@ -44,11 +44,11 @@ def test_a_head_that_errs_with_certainty_is_trusted_less_than_one_that_is_undeci
 
 
 def test_the_spread_that_chance_gives_prototypes_shrinks_with_their_clips():
-    prototypes_KCD = torch.zeros(3, 2, 4)
-    prototypes_KCD[1, 0, 0], prototypes_KCD[2, 0, 0] = 2 * HEARD_SPREAD**0.5, 2.0
-    assert_close(heard(prototypes_KCD, 1.0), torch.tensor([0.0, 0.5, 1.0]), atol=2e-4, rtol=0)
-    assert heard(prototypes_KCD, 4.0)[1] > 0.99
-    assert_close(heard(prototypes_KCD / 2, 4.0), heard(prototypes_KCD, 1.0))
+    prototypes_CKD = torch.zeros(2, 3, 4)
+    prototypes_CKD[0, 1, 0], prototypes_CKD[0, 2, 0] = 2 * HEARD_SPREAD**0.5, 2.0
+    assert_close(heard(prototypes_CKD, 1.0), torch.tensor([0.0, 0.5, 1.0]), atol=2e-4, rtol=0)
+    assert heard(prototypes_CKD, 4.0)[1] > 0.99
+    assert_close(heard(prototypes_CKD / 2, 4.0), heard(prototypes_CKD, 1.0))
 
 
 def test_trust_in_heads_is_no_sharper_than_the_clips_of_a_class():

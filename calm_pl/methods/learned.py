@@ -155,10 +155,12 @@ class LearnedWeights(MetricSpace):
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
+        prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
+        heard_K = heard(prototypes_CKD, len(labels_N) / num_classes)
         metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, DEFAULT_CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
         if len(clips):
-            choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips)
+            choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips, heard_K)
         else:
             choices = self._default_start(metric.centre, shrinkage)
         metric = metric.around(choices["centre"])
@@ -170,8 +172,6 @@ class LearnedWeights(MetricSpace):
             if base_K1 is None:
                 return weights_KC
             return (count * weights_KC + self.base_clips * base_K1) / (count + self.base_clips)
-
-        heard_K = heard(left_out.prototypes_KCD, len(labels_N) / num_classes)
 
         def start(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
             return with_base(shared_weights(posteriors_NKC, labels_N, heard_K, power), len(labels_N))
@@ -189,7 +189,7 @@ class LearnedWeights(MetricSpace):
         self.keep(
             {"alpha": self.alpha, **choices},
             start_logits_KC=entmax_logits(weights_KC, self.alpha),
-            **self.in_metric(metric, shrinkage, self.metric_rank, F.class_prototypes(heads_NKD, labels_N, num_classes)),
+            **self.in_metric(metric, shrinkage, self.metric_rank, prototypes_CKD),
         )
         self._make_parameters(self.start_logits_KC)
         return self
@@ -234,7 +234,13 @@ class LearnedWeights(MetricSpace):
         return {**chosen.as_dict(), "tried": len(tried), "calibration": calibration}
 
     def _choose_start(
-        self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, metric: HeadMetric, clips: Tensor
+        self,
+        heads_NKD: Tensor,
+        labels_N: Tensor,
+        num_classes: int,
+        metric: HeadMetric,
+        clips: Tensor,
+        heard_K: Tensor,
     ) -> dict[str, Any]:
         """Centre, g, tau and the sharpness of the shared weights: their mean over all tried, by likelihood.
 
@@ -247,7 +253,6 @@ class LearnedWeights(MetricSpace):
         shrinkages = [count / (count + metric.freedom) for count in ROUND_CLIPS]
         for centre in CENTRES if self.centre is None else (self.centre,):
             left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric.around(centre))
-            heard_K = heard(left_out.prototypes_KCD, len(labels_N) / num_classes)
             for shrinkage in shrinkages if self.shrinkage is None else (self.shrinkage,):
                 cosines_NKC = left_out.cosines(shrinkage, clips)
                 for tau in TAUS if self.tau is None else (self.tau,):
@@ -375,13 +380,13 @@ class LearnedWeights(MetricSpace):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def heard(prototypes_KCD: Tensor, shots: float) -> Tensor:
+def heard(prototypes_CKD: Tensor, shots: float) -> Tensor:
     """How much each head hears, from 0 to 1: s^4 / (s^4 + (HEARD_SPREAD / shots)^4), (K,).
 
     s is the mean square distance of its prototypes from their mean; head outputs are of length 1. A head that hears all
     classes alike has little to say. Beyond that, a wider spread says nothing.
     """
-    spread_K = prototypes_KCD.var(1, correction=0).sum(1)
+    spread_K = prototypes_CKD.float().var(0, correction=0).sum(-1)
     fourth_K = (spread_K * shots / HEARD_SPREAD) ** 4
     return fourth_K / (1 + fourth_K)
 
