@@ -17,8 +17,9 @@ from calm_pl.methods.calibration import best_temperature, calibrate, temper
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.compare import Fold, Row, compare, paired_differences, t_quantile
 from calm_pl.methods.episodes import EpisodeSource
-from calm_pl.methods.learned import HEARD_SPREAD, LearnedWeights, heard, reliability_without, shared_weights
+from calm_pl.methods.learned import LearnedWeights, heard, reliability_without, shared_weights, spread
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.metric_space import directions
 from calm_pl.methods.selection import Grid, best_of, judge_all, judged_clips
 from calm_pl.methods.trust import Tried, Trust, choose
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty
@@ -43,12 +44,23 @@ def test_a_head_that_errs_with_certainty_is_trusted_less_than_one_that_is_undeci
     assert_close(weights, weights[:, :1].expand_as(weights))
 
 
-def test_the_spread_that_chance_gives_prototypes_shrinks_with_their_clips():
+def test_heads_whose_prototypes_lie_together_are_silent():
     prototypes_CKD = torch.zeros(2, 3, 4)
-    prototypes_CKD[0, 1, 0], prototypes_CKD[0, 2, 0] = 2 * HEARD_SPREAD**0.5, 2.0
-    assert_close(heard(prototypes_CKD, 1.0), torch.tensor([0.0, 0.5, 1.0]), atol=2e-4, rtol=0)
-    assert heard(prototypes_CKD, 4.0)[1] > 0.99
-    assert_close(heard(prototypes_CKD / 2, 4.0), heard(prototypes_CKD, 1.0))
+    prototypes_CKD[0, 1, 0], prototypes_CKD[0, 2, 0] = 1.0, 4.0
+    assert_close(spread(prototypes_CKD), torch.tensor([0.0, 0.25, 4.0]))
+    assert_close(heard(spread(prototypes_CKD), 0.25), torch.tensor([0.0, 0.5, 1.0]), atol=2e-4, rtol=0)
+
+
+def test_one_clip_a_class_makes_heads_of_wide_spread_speak_softly():
+    heads, labels = make_set(1)
+    heads = heads - 3  # make_set's large common direction leaves next to no spread
+    heads[:, 2] = 3 + heads[:, 2]
+    method = LearnedWeights().fit(heads, labels, 4)
+    widest = spread(F.class_prototypes(directions(heads), labels, 4)).argmax()
+    assert method.tau_K.argmin() == 2 and method.tau_K.argmax() == widest
+    assert method.choices()["tau"] == pytest.approx(float(method.tau_K.mean()))
+    given = LearnedWeights(tau=0.2).fit(heads, labels, 4)
+    assert_close(given.tau_K, torch.full((6,), 0.2))
 
 
 def test_trust_in_heads_is_no_sharper_than_the_clips_of_a_class():

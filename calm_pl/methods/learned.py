@@ -35,10 +35,14 @@ ROUND_CLIPS = (4, 16, 64, 256)
 POWERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT_CENTRE = 1.0
-DEFAULT = {"tau": 0.1, "tau_w": 1.0}
-# Spread of a head's prototypes of one clip each, as a share of its squared length: with less it says next to nothing.
-# Chance moves prototypes of n clips by the n-th part.
+# Spread of a head's prototypes, as a share of its squared length: with less it says next to nothing. Chance moves
+# prototypes of n clips by the n-th part. Of heads that no clip can judge more is asked.
 HEARD_SPREAD = 0.11
+UNJUDGED_SPREAD = 0.14
+# Their tau is this times the squared spread, and no less than the least: around the mean, cosines of a head of wide
+# spread are the larger, and it would shout the others down.
+TAU_OF_SPREAD = 0.3
+LEAST_TAU = 0.03
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
@@ -89,6 +93,7 @@ class LearnedWeights(MetricSpace):
     """
 
     start_logits_KC: Tensor
+    tau_K: Tensor
     averages: dict[str, Tensor]
 
     def __init__(
@@ -156,16 +161,22 @@ class LearnedWeights(MetricSpace):
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
         prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
-        heard_K = heard(prototypes_CKD, len(labels_N) / num_classes)
+        spread_K = spread(prototypes_CKD)
         metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, DEFAULT_CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
         if len(clips):
+            heard_K = heard(spread_K, HEARD_SPREAD * num_classes / len(labels_N))
             choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips, heard_K)
+            tau_K = torch.full_like(heard_K, choices["tau"])
         else:
-            choices = self._default_start(metric.centre, shrinkage)
+            heard_K = heard(spread_K, UNJUDGED_SPREAD)
+            tau_K = (TAU_OF_SPREAD * spread_K.square()).clamp_min(LEAST_TAU)
+            if self.tau is not None:
+                tau_K = torch.full_like(heard_K, self.tau)
+            choices = self._default_start(metric.centre, shrinkage, float(tau_K.mean()))
         metric = metric.around(choices["centre"])
         left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
-        shrinkage, tau, power = choices["shrinkage"], choices["tau"], choices["tau_w"]
+        shrinkage, power = choices["shrinkage"], choices["tau_w"]
         base_K1 = base_weights(self.base, heads_NKD.shape[1]).to(labels_N.device)[:, None] if self.base else None
 
         def with_base(weights_KC: Tensor, count: int) -> Tensor:
@@ -177,7 +188,7 @@ class LearnedWeights(MetricSpace):
             return with_base(shared_weights(posteriors_NKC, labels_N, heard_K, power), len(labels_N))
 
         if len(clips):
-            posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau, -1)
+            posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / choices["tau"], -1)
             weights_KC = start(posteriors_NKC, labels_N[clips])
             choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start)
             self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
@@ -189,13 +200,14 @@ class LearnedWeights(MetricSpace):
         self.keep(
             {"alpha": self.alpha, **choices},
             start_logits_KC=entmax_logits(weights_KC, self.alpha),
+            tau_K=tau_K,
             **self.in_metric(metric, shrinkage, self.metric_rank, prototypes_CKD),
         )
         self._make_parameters(self.start_logits_KC)
         return self
 
-    def _default_start(self, centre: float, shrinkage: float) -> dict[str, Any]:
-        return {"centre": centre, "shrinkage": shrinkage, **DEFAULT, **self._given()}
+    def _default_start(self, centre: float, shrinkage: float | str, tau: float) -> dict[str, Any]:
+        return {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": 1.0, **self._given()}
 
     def _given(self) -> dict[str, float | str]:
         given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
@@ -289,9 +301,8 @@ class LearnedWeights(MetricSpace):
             factors_RC[0] = 1
             self.get_parameter("class_moves_RC").data.copy_(factors_RC)
         if self.temperature != "fixed":
-            tau = torch.tensor(float(self.choices()["tau"]), device=device).log()
-            tau = tau.repeat(num_heads) if self.temperature == "per_head" else tau
-            self.register_parameter("log_tau", nn.Parameter(tau))
+            tau = self.tau_K if self.temperature == "per_head" else self.tau_K.mean()
+            self.register_parameter("log_tau", nn.Parameter(tau.log()))
         if self.class_bias:
             self.register_parameter("bias_C", nn.Parameter(torch.zeros(num_classes, device=device)))
         self.averages = {}
@@ -305,15 +316,14 @@ class LearnedWeights(MetricSpace):
             moves_KC = self.get_parameter("head_moves_KR") @ self.get_parameter("class_moves_RC")
         return entmax(self.start_logits_KC + step_size(len(moves_KC), alpha) * moves_KC, alpha)
 
-    def _tau(self) -> Tensor | float:
-        """A number, or (K,) with one temperature a head."""
+    def _tau(self) -> Tensor:
+        """One temperature a head, (K,)."""
         if "log_tau" not in self._parameters:
-            return float(self.choices()["tau"])
+            return self.tau_K
         return self.get_parameter("log_tau").exp().reshape(-1).expand(len(self.start_logits_KC))
 
     def _sharpened(self, cosines_QKC: Tensor) -> Tensor:
-        tau = self._tau()
-        return cosines_QKC / (tau[:, None] if isinstance(tau, Tensor) else tau)
+        return cosines_QKC / self._tau()[:, None]
 
     def training_loss(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """Loss of one step's episodes, or of this rank's part of them.
@@ -380,14 +390,17 @@ class LearnedWeights(MetricSpace):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def heard(prototypes_CKD: Tensor, shots: float) -> Tensor:
-    """How much each head hears, from 0 to 1: s^4 / (s^4 + (HEARD_SPREAD / shots)^4), (K,).
+def spread(prototypes_CKD: Tensor) -> Tensor:
+    """Mean square distance of a head's prototypes from their mean, (K,); head outputs are of length 1."""
+    return prototypes_CKD.float().var(0, correction=0).sum(-1)
 
-    s is the mean square distance of its prototypes from their mean; head outputs are of length 1. A head that hears all
-    classes alike has little to say. Beyond that, a wider spread says nothing.
+
+def heard(spread_K: Tensor, enough: float) -> Tensor:
+    """How much each head hears, from 0 to 1: s^4 / (s^4 + enough^4) for a spread s, (K,).
+
+    A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing.
     """
-    spread_K = prototypes_CKD.float().var(0, correction=0).sum(-1)
-    fourth_K = (spread_K * shots / HEARD_SPREAD) ** 4
+    fourth_K = (spread_K / enough) ** 4
     return fourth_K / (1 + fourth_K)
 
 
