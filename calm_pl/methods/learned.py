@@ -78,7 +78,7 @@ class LearnedWeights(MetricSpace):
         label_smoothing: of the cross-entropy, for support labels that may be wrong.
         averaging: decay of a running average of the parameters that replaces them at the end; 0 for none.
         base: run folders of fits on other labelled sets with the same backbone: the heads trusted there are trusted
-            here from the start. Much at 1 shot, nothing from about 5 on.
+            here from the start. Often much at 1 shot, nothing from about 5 on.
         base_clips: how many clips of this support set the base's word is worth.
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas"; None is chosen.
         centre: of the within-head metric, as a share of the mean of the prototypes; None is chosen.
