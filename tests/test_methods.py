@@ -245,7 +245,9 @@ def test_less_evidence_leans_less_to_the_likeliest():
         LearnedWeights(steps=0, evidence=count).fit(heads, labels, 4).choices() for count in (0.0, 0.5, 1.0, 1e6)
     )
     assert nothing["tau"] == pytest.approx((0.05 * 0.1 * 0.2) ** (1 / 3))
-    assert endless["tau"] == pytest.approx(endless["likeliest"]["tau"])
+    assert {name: endless[name] for name in ("tau", "shrinkage")} == pytest.approx(
+        {name: endless["likeliest"][name] for name in ("tau", "shrinkage")}
+    )
     # Each is between those beside it, from the mean of all to the likeliest.
     g = [choices["shrinkage"] for choices in (nothing, half, whole, endless)]
     assert g == sorted(g, reverse=g[0] > g[-1]) and len(set(g)) == 4

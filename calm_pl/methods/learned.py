@@ -39,8 +39,8 @@ DEFAULT_CENTRE = 1.0
 # prototypes of n clips by the n-th part. Of heads that no clip can judge more is asked.
 HEARD_SPREAD = 0.11
 UNJUDGED_SPREAD = 0.14
-# Their tau is this times the squared spread, and no less than the least: around the mean, cosines of a head of wide
-# spread are the larger, and it would shout the others down.
+# Their tau is this times the squared spread, and no less than the least: that heads of wide spread vote softly was
+# better for most of the heads that it was tried on (docs/explanation/method.md).
 TAU_OF_SPREAD = 0.3
 LEAST_TAU = 0.03
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
@@ -170,9 +170,8 @@ class LearnedWeights(MetricSpace):
             tau_K = torch.full_like(heard_K, choices["tau"])
         else:
             heard_K = heard(spread_K, UNJUDGED_SPREAD)
-            tau_K = (TAU_OF_SPREAD * spread_K.square()).clamp_min(LEAST_TAU)
-            if self.tau is not None:
-                tau_K = torch.full_like(heard_K, self.tau)
+            by_spread_K = (TAU_OF_SPREAD * spread_K.square()).clamp_min(LEAST_TAU)
+            tau_K = by_spread_K if self.tau is None else torch.full_like(heard_K, self.tau)
             choices = self._default_start(metric.centre, shrinkage, float(tau_K.mean()))
         metric = metric.around(choices["centre"])
         left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
