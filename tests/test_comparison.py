@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from calm_pl import cli
 from calm_pl.clip import Clip
+from calm_pl.conf import find_config
+from calm_pl.data.recipes import Manifest
 from calm_pl.methods.compare import Row
 from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, means, read_rows
 
@@ -63,12 +69,35 @@ def test_an_interrupted_comparison_goes_on(compared, capsys):
     assert {tuple(map(str, key)): value for key, value in again.items()} == before
 
 
-def test_rows_of_another_protocol_never_join(compared):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("--data.protocol", "mcq", "--data.num_options", 2), "protocol open.*; this one is of .*protocol mcq.*--out"),
+        (("--data.backbone.heads", "encoder"), "heads decoder; this one is of heads encoder: .*--out"),
+        (("--data.recipe.init_args.test_fraction", 0.5), r"recipe.test_fraction 0.3; .* recipe.test_fraction 0.5"),
+        (("--model.methods.calm.init_args.tau", 0.2), r"methods.calm.init_args.tau None; .*.tau 0.2"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_question_never_join(compared, other, message):
     out, arguments = compared
     before = (out / ROWS_FILE).read_text()
-    with pytest.raises(SystemExit, match=r"protocol open; this one is of .*protocol mcq.*--out"):
-        compare(*arguments, "--data.protocol", "mcq", "--data.num_options", 2)
+    with pytest.raises(SystemExit, match=message):
+        compare(*arguments, *other)
     assert (out / ROWS_FILE).read_text() == before
+
+
+def test_methods_may_join_later(compared, tmp_path):
+    out, arguments = compared
+    copied = Path(shutil.copytree(out, tmp_path / "copy"))
+    before = read_rows(out / ROWS_FILE)
+    model = yaml.safe_load(find_config("model", "default").read_text())
+    model["methods"] = {"again": {"class_path": "calm_pl.baselines.SAV", "init_args": {"num_heads": 2}}}
+    model["classifier"] = "again"
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(model))
+    for given in (tmp_path / "again.yaml", "default"):
+        compare(*arguments[:-1], copied, "--model", given)
+        rows = read_rows(copied / ROWS_FILE)
+        assert rows[: len(before)] == before and {row.method for row in rows[len(before) :]} == {"again"}
 
 
 @dataclass
@@ -105,6 +134,28 @@ def test_folds_that_share_a_source_are_refused():
 
     with pytest.raises(ValueError, match="1 groups are in training and in test"):
         clips_and_folds(Leaky())
+
+
+def test_data_without_folds_is_split_at_random_as_often_as_asked(tmp_path):
+    lines = ["audio,label,group", *(f"{n}.wav,{'ab'[n % 2]},{n // 2}" for n in range(40))]
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    recipe = Manifest(str(tmp_path / "clips.csv"), seed=5)
+    clips, folds = clips_and_folds(recipe, splits=3)
+    assert [fold.name for fold in folds] == ["5", "6", "7"]
+    assert len({tuple(fold.test.tolist()) for fold in folds}) == 3
+    for fold in folds:
+        groups = [{clips[i].group for i in side.tolist()} for side in (fold.train, fold.test)]
+        assert not groups[0] & groups[1] and len(groups[1]) == 6
+    assert torch.equal(clips_and_folds(recipe)[1][0].test, folds[0].test)
+
+
+def test_splits_that_the_data_fix_are_not_drawn_anew(tmp_path):
+    lines = ["audio,label,split", *(f"{n}.wav,a,{'test' if n % 3 else 'train'}" for n in range(9))]
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="manifest comes with a split of its own"):
+        clips_and_folds(Manifest(str(tmp_path / "clips.csv")), splits=2)
+    with pytest.raises(ValueError, match="folded comes with 3 folds of its own.*--splits 2"):
+        clips_and_folds(Folded(), splits=2)
 
 
 def test_means_take_a_seed_as_one_observation():

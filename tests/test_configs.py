@@ -70,6 +70,17 @@ def test_later_options_win():
     assert config["data"]["backbone"]["path"] == "some/model" and config["data"]["backbone"]["heads"] == "decoder"
 
 
+def test_single_options_hold_wherever_they_stand(tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {batch_size: 3, num_workers: 1}\n")
+    single = ["--data.backbone.heads=both", "--data.num_workers", "0", "--data.recipe.init_args.test_fold", "3"]
+    named = ["--backbone=some/model", "--data", "esc50", "--config", str(tmp_path / "own.yaml")]
+    config = parsed(*single, *named)
+    assert config == parsed(*named, *single)
+    assert config["data"]["backbone"] | {"path": "some/model", "heads": "both"} == config["data"]["backbone"]
+    assert (config["data"]["batch_size"], config["data"]["num_workers"]) == (3, 0)
+    assert config["data"]["recipe"]["init_args"]["test_fold"] == 3
+
+
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parsed("--data", "esc50")["data"]["shots"] == 5

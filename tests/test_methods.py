@@ -17,7 +17,8 @@ from calm_pl.methods.calibration import best_temperature, calibrate, temper
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.compare import Fold, Row, compare, paired_differences, t_quantile
 from calm_pl.methods.episodes import EpisodeSource
-from calm_pl.methods.learned import LearnedWeights, heard, reliability_without, shared_weights, spread
+from calm_pl.methods.hearing import Hearing, heard, spread
+from calm_pl.methods.learned import LearnedWeights, reliability_without, shared_weights
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.metric_space import directions
 from calm_pl.methods.selection import Grid, best_of, judge_all, judged_clips
@@ -51,16 +52,26 @@ def test_heads_whose_prototypes_lie_together_are_silent():
     assert_close(heard(spread(prototypes_CKD), 0.25), torch.tensor([0.0, 0.5, 1.0]), atol=2e-4, rtol=0)
 
 
-def test_one_clip_a_class_makes_heads_of_wide_spread_speak_softly():
-    heads, labels = make_set(1)
+@pytest.mark.parametrize("shots", [1, 2, 5])
+def test_heads_of_wide_spread_speak_softly(shots):
+    heads, labels = make_set(shots)
     heads = heads - 3  # make_set's large common direction leaves next to no spread
     heads[:, 2] = 3 + heads[:, 2]
     method = LearnedWeights().fit(heads, labels, 4)
-    widest = spread(F.class_prototypes(directions(heads), labels, 4)).argmax()
-    assert method.tau_K.argmin() == 2 and method.tau_K.argmax() == widest
-    assert method.choices()["tau"] == pytest.approx(float(method.tau_K.mean()))
+    spread_K = spread(F.class_prototypes(directions(heads), labels, 4))
+    assert spread_K[2] < 0.1 < 0.4 < spread_K.max()
+    assert method.tau_K[2] == pytest.approx(method.choices()["tau"])  # the chosen one, which is everybody's least
+    assert method.tau_K.argmax() == spread_K.argmax() and method.tau_K.max() > 1.5 * method.tau_K[2]
     given = LearnedWeights(tau=0.2).fit(heads, labels, 4)
     assert_close(given.tau_K, torch.full((6,), 0.2))
+
+
+def test_the_least_tau_of_a_head_goes_with_its_squared_spread():
+    prototypes_CKD = torch.zeros(2, 3, 4)
+    prototypes_CKD[0, 1, 0], prototypes_CKD[0, 2, 0] = 2**0.5, 2.0  # spreads 0, 0.5 and 1
+    judged, unjudged = (Hearing.of(prototypes_CKD, 2, judged) for judged in (True, False))
+    assert_close(judged.tau(0.1), torch.tensor([0.1, 0.25, 1.0]))
+    assert_close(unjudged.tau(0.1), torch.tensor([0.1, 0.1, 0.3]))
 
 
 def test_trust_in_heads_is_no_sharper_than_the_clips_of_a_class():

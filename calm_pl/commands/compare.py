@@ -29,20 +29,28 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--shots", default="1,2,5,10,20", help="clips a class, separated by commas")
     parser.add_argument("--seeds", type=int, default=20, help="how many support sets are drawn in each fold")
+    parser.add_argument(
+        "--splits",
+        type=int,
+        default=1,
+        help="random splits, sources kept apart, of data without folds or a split of their own",
+    )
     parser.add_argument("--out", default="runs/comparison", help="folder for rows.csv, figures and plot")
     parser.add_argument("--precision", default="32-true", help="of the backbone, as in Lightning's Trainer")
     parser.add_class_arguments(CalmModule, "model", skip={"optimizer", "lr_scheduler"})
     parser.add_class_arguments(AudioEpisodeDataModule, "data", skip={"shots", "seed"})
     options = parser.parse_args([f"--model={CONF_DIR / 'model' / 'default.yaml'}", *shipped_defaults(), *arguments])
     shots = [int(count) if count.strip().isdigit() else 0 for count in options.shots.split(",")]
-    if min(shots) < 1 or options.seeds < 1:
-        sys.exit(f"calm: error: --shots {options.shots} --seeds {options.seeds}: numbers from 1, as in --shots 1,5,20")
+    if min(*shots, options.seeds, options.splits) < 1:
+        given = f"--shots {options.shots} --seeds {options.seeds} --splits {options.splits}"
+        sys.exit(f"calm: error: {given}: numbers from 1, as in --shots 1,5,20")
     hush()
     built = parser.instantiate(options)
-    out = Path(options.out)
+    out, seeds = Path(options.out), range(options.seeds)
+    methods, settings = built.model.methods, options.model.as_dict()["methods"]
     trainer = Trainer(devices=1, precision=options.precision, logger=False, enable_checkpointing=False)
     try:
-        rows = run_comparison(trainer, built.data, built.model.methods, shots, range(options.seeds), out)
+        rows = run_comparison(trainer, built.data, methods, settings, shots, seeds, out, options.splits)
     except (BackboneError, HeadStoreError, ValueError, FileNotFoundError) as error:
         sys.exit(f"calm: error: {error}")
     report(rows, out)

@@ -41,11 +41,12 @@ def main(argv: list[str]) -> int:
     built = parser.instantiate(options)
     trainer = Trainer(devices=1, precision=options.precision, logger=False, enable_checkpointing=False)
     out, data = Path(options.out), built.data
+    settings = options.model.as_dict()["methods"]
     try:
         if data.shots is None:
             raise ValueError("an episode has so many support clips a class: give --data.shots.")
         asked = (options.way, data.shots, options.queries, options.count)
-        rows = run_episodes(trainer, data, built.model.methods, *asked, out)
+        rows = run_episodes(trainer, data, built.model.methods, settings, *asked, out)
     except (BackboneError, HeadStoreError, ValueError, FileNotFoundError) as error:
         sys.exit(f"calm: error: {error}")
     report(rows, out, over=f"{options.count} episodes, {options.way}-way")

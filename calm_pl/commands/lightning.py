@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from calm_pl.training.cli import CalmCLI
 
 TARGETS = {"--backbone": "--data.backbone", "--logger": "--trainer.logger"}
+CONFIG_OPTIONS = ("--config", "-c")
 
 
 def main(argv: list[str]) -> int:
@@ -78,27 +79,32 @@ def expand_names(argv: list[str]) -> list[str]:
     """Replace short names by what Lightning's parser takes.
 
     ``--data esc50`` becomes ``--data <conf>/data/esc50.yaml``; ``--backbone`` takes a shipped name, a file, a folder
-    or a hub id; ``--option=value`` works as well. The first argument is the command and stays first.
+    or a hub id; ``--option=value`` works as well. The first argument is the command and stays first. Names and
+    ``--config`` come next, in their order, and single options last: those hold wherever they stand, or
+    ``--data.backbone.heads both --backbone FOLDER`` would lose its heads to what the backbone begins with.
     """
-    expanded = [argv[0]]
+    named, single = [], []
     rest = list(argv[1:])
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
-        if option == "--config" and not Path(file := value or "".join(rest[:1])).is_file():
-            sys.exit(f"calm: error: --config {file}: there is no such file")
-        if option not in GROUPS:
-            expanded.append(argument)
+        if option not in GROUPS and option not in CONFIG_OPTIONS:
+            single.append(argument)
             continue
         if not equals:
             if not rest:
-                sys.exit(f"calm: error: {option} needs a value: one of {', '.join(config_names(GROUPS[option]))}")
+                expected = f"one of {', '.join(config_names(GROUPS[option]))}" if option in GROUPS else "a file"
+                sys.exit(f"calm: error: {option} needs a value: {expected}")
             value = rest.pop(0)
-        expanded += _expand(option, value)
-    return expanded
+        named += _expand(option, value)
+    return [argv[0], *named, *single]
 
 
 def _expand(option: str, value: str) -> list[str]:
+    if option in CONFIG_OPTIONS:
+        if not Path(value).is_file():
+            sys.exit(f"calm: error: {option} {value}: there is no such file")
+        return [option, value]
     group, target = GROUPS[option], TARGETS.get(option, option)
     shipped = find_config(group, value)
     if shipped:

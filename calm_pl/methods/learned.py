@@ -6,7 +6,7 @@ Shapes: N clips, K heads, D head dimension, C classes, R rank, Q queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from calm_pl.methods.base import check_support
 from calm_pl.methods.base_weights import base_weights
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
+from calm_pl.methods.hearing import Hearing
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.metric_space import MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
@@ -35,14 +36,7 @@ ROUND_CLIPS = (4, 16, 64, 256)
 POWERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT_CENTRE = 1.0
-# Spread of a head's prototypes, as a share of its squared length: with less it says next to nothing. Chance moves
-# prototypes of n clips by the n-th part. Of heads that no clip can judge more is asked.
-HEARD_SPREAD = 0.11
-UNJUDGED_SPREAD = 0.14
-# Their tau is this times the squared spread, and no less than the least: that heads of wide spread vote softly was
-# better for most of the heads that it was tried on (docs/explanation/method.md).
-TAU_OF_SPREAD = 0.3
-LEAST_TAU = 0.03
+DEFAULT_TAU = 0.03
 # Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
 SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
 STEPS = (10, 20, 40, 80)
@@ -84,7 +78,7 @@ class LearnedWeights(MetricSpace):
         centre: of the within-head metric, as a share of the mean of the prototypes; None is chosen.
         metric_rank: of the within-head metric, at most, for a small classifier: beyond it, a head's variation counts as
             the same in every direction. None for all that the clips tell.
-        tau: temperature of the head posteriors; None is chosen.
+        tau: temperature of the posteriors of all heads; None is chosen, and heads of wide spread vote more softly.
         evidence: what a clip left out counts for when g, centre, tau and the sharpness of the start are averaged. Less
             than a whole clip: each stands in the prototypes that judge the others, so that they err together.
         shots: prototypes from this many random clips in an episode; None for leave-one-out episodes.
@@ -161,18 +155,16 @@ class LearnedWeights(MetricSpace):
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
         prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
-        spread_K = spread(prototypes_CKD)
         metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, DEFAULT_CENTRE)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
+        hearing = Hearing.of(prototypes_CKD, len(labels_N) / num_classes, judged=len(clips) > 0)
+        if self.tau is not None:
+            hearing = replace(hearing, least_tau_K=torch.zeros_like(hearing.least_tau_K))
         if len(clips):
-            heard_K = heard(spread_K, HEARD_SPREAD * num_classes / len(labels_N))
-            choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips, heard_K)
-            tau_K = torch.full_like(heard_K, choices["tau"])
+            choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips, hearing)
         else:
-            heard_K = heard(spread_K, UNJUDGED_SPREAD)
-            by_spread_K = (TAU_OF_SPREAD * spread_K.square()).clamp_min(LEAST_TAU)
-            tau_K = by_spread_K if self.tau is None else torch.full_like(heard_K, self.tau)
-            choices = self._default_start(metric.centre, shrinkage, float(tau_K.mean()))
+            choices = self._default_start(metric.centre, shrinkage)
+        tau_K, heard_K = hearing.tau(choices["tau"]), hearing.heard_K
         metric = metric.around(choices["centre"])
         left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         shrinkage, power = choices["shrinkage"], choices["tau_w"]
@@ -187,7 +179,7 @@ class LearnedWeights(MetricSpace):
             return with_base(shared_weights(posteriors_NKC, labels_N, heard_K, power), len(labels_N))
 
         if len(clips):
-            posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / choices["tau"], -1)
+            posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau_K[:, None], -1)
             weights_KC = start(posteriors_NKC, labels_N[clips])
             choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start)
             self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
@@ -205,8 +197,8 @@ class LearnedWeights(MetricSpace):
         self._make_parameters(self.start_logits_KC)
         return self
 
-    def _default_start(self, centre: float, shrinkage: float | str, tau: float) -> dict[str, Any]:
-        return {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": 1.0, **self._given()}
+    def _default_start(self, centre: float, shrinkage: float | str) -> dict[str, Any]:
+        return {"centre": centre, "shrinkage": shrinkage, "tau": DEFAULT_TAU, "tau_w": 1.0, **self._given()}
 
     def _given(self) -> dict[str, float | str]:
         given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
@@ -251,7 +243,7 @@ class LearnedWeights(MetricSpace):
         num_classes: int,
         metric: HeadMetric,
         clips: Tensor,
-        heard_K: Tensor,
+        hearing: Hearing,
     ) -> dict[str, Any]:
         """Centre, g, tau and the sharpness of the shared weights: their mean over all tried, by likelihood.
 
@@ -267,8 +259,8 @@ class LearnedWeights(MetricSpace):
             for shrinkage in shrinkages if self.shrinkage is None else (self.shrinkage,):
                 cosines_NKC = left_out.cosines(shrinkage, clips)
                 for tau in TAUS if self.tau is None else (self.tau,):
-                    posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
-                    reliability_NK = reliability_without(posteriors_NKC, labels_N[clips], heard_K)
+                    posteriors_NKC = torch.softmax(cosines_NKC / hearing.tau(tau)[:, None], -1)
+                    reliability_NK = reliability_without(posteriors_NKC, labels_N[clips], hearing.heard_K)
                     for power in powers:
                         weights_NK = F.head_weights(reliability_NK.T, "margin_clamped", power).T
                         scores_NC = torch.einsum("nkc,nk->nc", posteriors_NKC, weights_NK)
@@ -387,20 +379,6 @@ class LearnedWeights(MetricSpace):
             if prefix + name in state_dict:
                 self.register_parameter(name, nn.Parameter(torch.empty_like(state_dict[prefix + name])))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def spread(prototypes_CKD: Tensor) -> Tensor:
-    """Mean square distance of a head's prototypes from their mean, (K,); head outputs are of length 1."""
-    return prototypes_CKD.float().var(0, correction=0).sum(-1)
-
-
-def heard(spread_K: Tensor, enough: float) -> Tensor:
-    """How much each head hears, from 0 to 1: s^4 / (s^4 + enough^4) for a spread s, (K,).
-
-    A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing.
-    """
-    fourth_K = (spread_K / enough) ** 4
-    return fourth_K / (1 + fourth_K)
 
 
 def clip_trust(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor) -> Tensor:

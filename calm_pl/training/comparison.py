@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,11 @@ def run_comparison(
     trainer: L.Trainer,
     data: AudioEpisodeDataModule,
     methods: dict[str, HeadClassifier],
+    settings: Mapping[str, Any],
     shots: Sequence[int],
     seeds: Sequence[int],
     out: Path,
+    splits: int = 1,
 ) -> list[Row]:
     """Fill ``out/rows.csv`` (rows that are there already are kept) and return all of its rows.
 
@@ -49,14 +51,19 @@ def run_comparison(
         trainer: whose device and precision the backbone runs on, where head outputs are missing.
         data: recipe, backbone and store; its own shots and seed are not used.
         methods: unfitted classifiers by name.
+        settings: what each of them was made with.
         shots: clips a class.
         seeds: one support set is drawn for each, in every fold.
         out: folder for the results.
+        splits: random splits of a data set that has no folds.
+
+    Raises:
+        ValueError: ``out`` holds rows of another question; clips cannot be split as asked.
     """
     data.recipe.prepare()
-    clips, folds = clips_and_folds(data.recipe)
+    clips, folds = clips_and_folds(data.recipe, splits)
     clips = data.asked(clips)
-    check_same_question(data, out)
+    check_same_question(trainer, data, settings, out, splits=splits)
     heads_NKD, labels_N, usable = stored_heads(trainer, data, clips)
     folds = [_only(fold, usable) for fold in folds]
     rows = read_rows(out / ROWS_FILE)
@@ -79,37 +86,46 @@ def run_comparison(
     return rows
 
 
-def check_same_question(data: AudioEpisodeDataModule, out: Path, **more: Any) -> None:
-    """Remember what a folder's rows are about; rows of another question never join them.
+def check_same_question(
+    trainer: L.Trainer, data: AudioEpisodeDataModule, settings: Mapping[str, Any], out: Path, **more: Any
+) -> None:
+    """Remember what a folder's rows are about; rows of another question never join them. Further methods may.
 
     Raises:
-        ValueError: the folder holds rows of another data set, backbone or protocol; names both.
+        ValueError: the folder's rows are of other data, head outputs or settings; names what differs.
     """
-    asked = {"dataset": data.recipe.name, "backbone": data.backbone.name, **data.protocol.description(), **more}
+    recipe = asdict(data.recipe)  # type: ignore[call-overload]  # recipes are dataclasses
+    recipe.pop("test_fold", None)  # each is tested
+    head_outputs = data.backbone.store_key(arithmetic(trainer.precision), data.store_root)
+    asked = {"dataset": data.recipe.name, **data.protocol.description(), "recipe": recipe, **head_outputs, **more}
+    asked = json.loads(json.dumps({**asked, "methods": settings}))
     file = out / QUESTION_FILE
-    if not file.exists():
-        write_json(file, asked)
-        return
-    known = json.loads(file.read_text())
-    if known != asked:
-        before, now = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (known, asked))
-        raise ValueError(f"{out} holds a comparison of {before}; this one is of {now}: give it another folder (--out).")
+    known = json.loads(file.read_text()) if file.exists() else asked
+    methods = {**asked["methods"], **known.get("methods", {})}
+    before = _leaves({**known, "methods": methods})
+    now = _leaves({**asked, "methods": {**methods, **asked["methods"]}})
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differing:
+        was, wanted = (", ".join(f"{name} {one.get(name)}" for name in differing) for one in (before, now))
+        raise ValueError(f"{out} holds a comparison of {was}; this one is of {wanted}: give it another folder (--out).")
+    write_json(file, {**asked, "methods": methods})
 
 
-def clips_and_folds(recipe: Recipe) -> tuple[list[Clip], list[Fold]]:
-    """All clips of a recipe, and its folds: as many as it says, else its one split.
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    leaves: dict[str, Any] = {}
+    for name, value in nested.items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def clips_and_folds(recipe: Recipe, splits: int = 1) -> tuple[list[Clip], list[Fold]]:
+    """All clips of a recipe, and its folds: as many as it says, else its one split, or so many random ones.
 
     Raises:
-        ValueError: a fold's training and test clips share a source.
+        ValueError: a fold's training and test clips share a source; several splits of a recipe that fixes them.
     """
-    num_folds = getattr(recipe, "num_folds", None)
-    if num_folds is None:
-        divisions: dict[str, list[Clip]] = {"test": recipe.clips()}
-    else:
-        divisions = {
-            str(number): replace(recipe, test_fold=number).clips()  # type: ignore[type-var]  # recipes are dataclasses
-            for number in range(1, num_folds + 1)
-        }
+    divisions = _divisions(recipe, splits)
     clips = next(iter(divisions.values()))
     folds = []
     for name, divided in divisions.items():
@@ -118,6 +134,23 @@ def clips_and_folds(recipe: Recipe) -> tuple[list[Clip], list[Fold]]:
         check_disjoint([divided[i] for i in train], [divided[i] for i in test])
         folds.append(Fold(name, torch.tensor(train), torch.tensor(test)))
     return clips, folds
+
+
+def _divisions(recipe: Recipe, splits: int) -> dict[str, list[Clip]]:
+    def varied(**change: int) -> list[Clip]:
+        clips: list[Clip] = replace(recipe, **change).clips()  # type: ignore[type-var]  # recipes are dataclasses
+        return clips
+
+    num_folds = getattr(recipe, "num_folds", None)
+    if splits == 1:
+        return {str(n): varied(test_fold=n) for n in range(1, num_folds + 1)} if num_folds else {"test": recipe.clips()}
+    if not num_folds and hasattr(recipe, "test_fraction"):
+        first: int = recipe.seed  # type: ignore[attr-defined]  # it chooses the fraction
+        divisions = {str(seed): varied(seed=seed) for seed in range(first, first + splits)}
+        if len({tuple(clip.split for clip in clips) for clips in divisions.values()}) > 1:
+            return divisions
+    own = f"{num_folds} folds" if num_folds else "a split"
+    raise ValueError(f"{recipe.name} comes with {own} of its own, which count: leave --splits {splits} away.")
 
 
 def stored_heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[Clip]) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,6 +26,7 @@ def run_episodes(
     trainer: L.Trainer,
     data: AudioEpisodeDataModule,
     methods: Mapping[str, HeadClassifier],
+    settings: Mapping[str, Any],
     way: int,
     shots: int,
     queries: int,
@@ -40,6 +42,7 @@ def run_episodes(
         trainer: whose device and precision the backbone runs on, where head outputs are missing.
         data: recipe, backbone, store, protocol and seed.
         methods: unfitted classifiers by name.
+        settings: what each of them was made with.
         way: classes of an episode.
         shots: support clips a class.
         queries: query clips a class.
@@ -52,7 +55,7 @@ def run_episodes(
     data.recipe.prepare()
     clips = [clip for clip in data.asked(data.recipe.clips()) if clip.split in ("train", "test")]
     check_disjoint([c for c in clips if c.split == "train"], [c for c in clips if c.split == "test"])
-    check_same_question(data, out, way=way, shots=shots, queries=queries, seed=data.seed)
+    check_same_question(trainer, data, settings, out, way=way, shots=shots, queries=queries, seed=data.seed)
     heads_NKD, labels_N, usable_N = stored_heads(trainer, data, clips)
     query_N = torch.tensor([clip.split == "test" for clip in clips])
     stream = EpisodeStream(
