@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from packaging.version import Version
 from transformers.models.auto import modeling_auto, processing_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
@@ -16,7 +17,9 @@ from calm_pl.backbone.config import UNSERVED, model_class_of, takes_audio
 from calm_pl.backbone.errors import BackboneError
 from tests.families import FAMILIES
 
-SERVED = {family.model_type for family in FAMILIES.values()}
+# The newest transformers whose models were gone through. Those of a newer one are listed, and fail nothing.
+GONE_THROUGH = (5, 24)
+SERVED = {family.model_type for family in FAMILIES.values() if family.model_type in CONFIG_MAPPING}
 SOUND = re.compile("audio|speech|sound|input_features|input_values")
 # Classes that take text alone, of families whose other classes, or whose processor, take sound.
 TEXT_HALVES = {
@@ -68,14 +71,20 @@ def _hears(model_type: str, model_class: type[transformers.PreTrainedModel]) -> 
 def test_every_hearing_model_is_served_or_refused_with_a_reason():
     found = set(hearing_models())
     assert {model_type for model_type, _ in found} >= SERVED  # the walk does see them
+    unknown = []
     for model_type, name in sorted(found):
         if model_type.removesuffix("_thinker") in SERVED and name not in TEXT_HALVES:
             continue
-        config = CONFIG_MAPPING[model_type](architectures=[name])
-        with pytest.raises(BackboneError) as refusal:
-            model_class_of(config, "some/model")
-            pytest.fail(f"{name} ({model_type}) takes sound: serve it, or refuse it with a reason")
-        assert ("takes no audio" in str(refusal.value)) == (name in TEXT_HALVES), f"{name}: {refusal.value}"
+        try:
+            model_class_of(CONFIG_MAPPING[model_type](architectures=[name]), "some/model")
+        except BackboneError as refusal:
+            assert ("takes no audio" in str(refusal)) == (name in TEXT_HALVES), f"{name}: {refusal}"
+        else:
+            unknown.append(f"{name} ({model_type})")
+    told = f"to be served, or refused with a reason: {', '.join(unknown)}"
+    if unknown and Version(transformers.__version__).release[:2] > GONE_THROUGH:
+        pytest.xfail(f"transformers {transformers.__version__} is newer than these tests; {told}")
+    assert not unknown, told
 
 
 def test_no_family_is_both_served_and_refused():

@@ -42,8 +42,9 @@ def label_log_likelihoods(lalm: FrozenLALM, inputs: LALMInputs, labels: Sequence
     with lalm.window(inputs):
         prompt = lalm.model(**inputs.model_inputs, **only_last, use_cache=True)
     first_BV = prompt.logits[:, -1].float().log_softmax(-1)
+    cache = prompt[_cache_argument(lalm)]
     scores = [
-        _continuations(lalm, inputs.model_inputs["attention_mask"], prompt.past_key_values, first_BV, tokens_CT)
+        _continuations(lalm, inputs.model_inputs["attention_mask"], cache, first_BV, tokens_CT)
         for tokens_CT in _tokens(lalm, labels).split(LABELS_PER_PASS)
     ]
     return torch.cat(scores, dim=1)
@@ -132,13 +133,18 @@ def _continuations(lalm: FrozenLALM, mask: Tensor, cache: object, first_BV: Tens
         logits = lalm.model(
             input_ids=ids_RT[:, :-1],
             attention_mask=mask_R[:, :-1],
-            past_key_values=shared,
+            **{_cache_argument(lalm): shared},
             use_cache=True,
             **_positions(lalm, mask_R[:, :-1], T - 1),
         ).logits
         log_p_RT = logits.float().log_softmax(-1).gather(-1, ids_RT[:, 1:, None]).squeeze(-1)
         log_p_BCT[:, :, 1:] = log_p_RT.view(B, C, T - 1)
     return (log_p_BCT * real_CT).sum(-1) / real_CT.sum(-1)
+
+
+def _cache_argument(lalm: FrozenLALM) -> str:
+    """What the model calls its cache, which transformers 5.24 renamed."""
+    return "cache" if "cache" in inspect.signature(lalm.model.forward).parameters else "past_key_values"
 
 
 def _positions(lalm: FrozenLALM, mask_R: Tensor, count: int) -> dict[str, Tensor]:

@@ -80,5 +80,6 @@ FAMILIES = {
     "dots3-note": "dots-studio/dots3-note-prev",
     "nemotron-h-omni": "nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16",
     "nemotron-3.5-transcribe": "nvidia/NVIDIA-Nemotron-3.5-Transcribe-30B-A4B",
+    "apertus-1.5": "swiss-ai/Apertus-v1.5-8B",
     "whisper": "openai/whisper-large-v3",
 }

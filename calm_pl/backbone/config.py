@@ -30,6 +30,7 @@ UNSERVED = {
     "moshi": _IN_STEP,
     "kyutai_speech_to_text": _IN_STEP,
     "voxtral_realtime": _IN_STEP,
+    "omniasr": "it transcribes; its prompt is a language and holds no question",
 }
 # Sound reaches a model under one of these names, or one that has "audio" in it. What a class says of its modalities is
 # no help: Muse Spark leaves audio out, and the text halves of Gemma name it.

@@ -44,6 +44,8 @@ EXTRACTORS = ("feature_extractor", "audio_processor")
 FRAME_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
 # Seconds, by which a model counts positions: never rounded to its precision.
 EXACT = ("video_second_per_grid",)
+# What becomes codes of a codebook, in parts of the model that stay in float32 (Apertus): rounded it gives other codes.
+CODED = ("input_values", "pixel_values")
 
 
 @dataclass
@@ -58,6 +60,7 @@ class LALMInputs:
         audio_token_id: the token that stands for sound; None in an encoder-decoder model and where nothing is heard.
         parts: batches to be run one after another instead of this one. Row i of them is, or is a piece of, this
             batch's clip ``order[i]``.
+        exact: model inputs that are never rounded to the model's precision.
     """
 
     model_inputs: dict[str, Tensor]
@@ -68,6 +71,7 @@ class LALMInputs:
     audio_token_id: int | None = None
     parts: tuple[LALMInputs, ...] = ()
     order: tuple[int, ...] = ()
+    exact: tuple[str, ...] = EXACT
 
     @property
     def audio_BT(self) -> Tensor | None:
@@ -84,7 +88,7 @@ class LALMInputs:
         """Move to ``device``; floating-point inputs are cast to the model's ``dtype``."""
 
         def move(name: str, x: Tensor) -> Tensor:
-            return x.to(device, dtype if x.is_floating_point() and name not in EXACT else None, non_blocking=True)
+            return x.to(device, dtype if x.is_floating_point() and name not in self.exact else None, non_blocking=True)
 
         return self._map(move)
 
@@ -159,6 +163,7 @@ class ClipProcessor:
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = padding_side
         self.mixes_from, self.alone_from = mixes_from(config, extractor), alone_from(config, extractor)
+        self.exact = (*EXACT, *CODED) if hasattr(config, "audio_token_offset") else EXACT
         self.content = Content(self.processor, modality, frame_rate)
         self.audio_token = self.content.audio_token
         self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(self.audio_token)
@@ -302,6 +307,7 @@ class ClipProcessor:
             windows_B=windows_B,
             max_frames=None if frames_RT is None else frames_RT.shape[1],
             audio_token_id=self.audio_token_id if self.content.hears else None,
+            exact=self.exact,
         )
 
     def _process(self, texts: list[str], media: Sequence[Media]) -> Mapping[str, Tensor]:

@@ -79,6 +79,7 @@ FAMILIES = {
     "nemotron-3.5-transcribe": Family(
         "nemo_speechlm", hearing.nemotron_transcribe, (3, 4, 8), second="model.language_model.layers.3.mixer"
     ),
+    "apertus-1.5": Family("apertus1p5", seeing.apertus, (3, 4, 8), encoder=None, needs=("torchvision",), sees=True),
     "whisper": Family(
         "whisper",
         hearing.whisper,

@@ -96,6 +96,9 @@ def save(folder: Path, model_class: type, config: Any, processor: Any, template:
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "embed" not in name:
                 torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
+        for name, codebook in model.named_buffers():
+            if name.endswith("codebook.embed"):  # zeros, with which every sound would be the same code
+                torch.nn.init.normal_(codebook)
         model.save_pretrained(folder)
     if template is not None:
         processor.chat_template = template

@@ -308,3 +308,28 @@ def nemotron_omni(folder: Path) -> None:
     )  # fmt: skip
     template = IMAGE_TEMPLATE.replace("AUDIO", "<so_embedding>").replace("IMAGE", "<image>")
     save(folder, tf.NemotronH_Omni_Reasoning_V3, config, processor, template)
+
+
+def apertus(folder: Path) -> None:
+    """Sound and pictures as codes of codebooks, which are embedded like tokens; convolutions make them, no attention."""
+    tokenizer = byte_tokenizer(
+        ["<|im_start|>"],
+        image_token="<|image|>", boi_token="<|img_start|>", eoi_token="<|img_end|>", image_wrapper_token="<|img_wrap|>",
+        eol_token="<|img_end_of_row|>", audio_token="<|audio|>", boa_token="<|audio_start|>", eoa_token="<|audio_end|>",
+    )  # fmt: skip
+    codes, text = 64, len(tokenizer)  # the ids of pictures lie behind the text, those of sound behind them
+    config = tf.Apertus1p5Config(
+        text_config={**QWEN2, "vocab_size": text + 2 * codes, "output_vocab_size": text, "pad_token_id": 0,
+                     "bos_token_id": 1, "eos_token_id": 1},
+        audio_config={"num_filters": 4, "num_lstm_layers": 1, "hidden_size": 32, "codebook_dim": 32,
+                      "codebook_size": codes},
+        vision_config={"codebook_size": codes, "embed_dim": 8, "latent_channels": 8, "base_channels": 32,
+                       "num_res_blocks": 1},
+        image_token_id=tokenizer.image_token_id, audio_token_id=tokenizer.audio_token_id,
+        image_token_offset=text, audio_token_offset=text + codes,
+    )  # fmt: skip
+    processor = tf.Apertus1p5Processor(
+        tf.Apertus1p5ImageProcessor(), tf.WavTokenizerFeatureExtractor(normalize_audio=True), tokenizer
+    )
+    template = IMAGE_TEMPLATE.replace("AUDIO", "<|audio|>").replace("IMAGE", "<|image|>")
+    save(folder, tf.Apertus1p5ForConditionalGeneration, config, processor, template)
