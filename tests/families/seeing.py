@@ -311,7 +311,7 @@ def nemotron_omni(folder: Path) -> None:
 
 
 def apertus(folder: Path) -> None:
-    """Sound and pictures as codes of codebooks, which are embedded like tokens; convolutions make them, no attention."""
+    """Sound and pictures as codes, which convolutions make and which are embedded like tokens."""
     tokenizer = byte_tokenizer(
         ["<|im_start|>"],
         image_token="<|image|>", boi_token="<|img_start|>", eoi_token="<|img_end|>", image_wrapper_token="<|img_wrap|>",
