@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from calm_pl.progress import quiet
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+SECONDS_TO_INTERRUPT_AGAIN = 0.1
 
 # command -> (module with main(argv) -> int, what it does)
 COMMANDS = {
@@ -54,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         _parser().error(f"unknown command {argv[0]!r}; choose one of: {', '.join(COMMANDS)}")
     try:
-        return _run(argv)
+        with _interruptible():
+            return _run(argv)
     except KeyboardInterrupt:
         return _stopped()
     except SystemExit as end:  # Lightning's own, when a fit or an extraction is interrupted
@@ -78,6 +89,25 @@ def _run(argv: list[str]) -> int:
     exit_code: int = import_module(module).main(arguments)
     sys.stdout.flush()
     return exit_code
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block, a Ctrl-C that Python would drop, since it fell into a finaliser or a fork, comes once more."""
+    before = sys.unraisablehook
+
+    def hook(dropped: UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            # Later: raised in here it would be dropped again.
+            threading.Timer(SECONDS_TO_INTERRUPT_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _stopped() -> int:
