@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import yaml
 from calm_pl import cli
 from calm_pl.backbone.named import named_backbone
 from calm_pl.conf import CONF_DIR, config_names, find_config
+from calm_pl.methods.learned import LearnedWeights
 
 GROUPS = ("backbone", "data", "logger", "model", "trainer")
 
@@ -61,6 +65,13 @@ def test_model_configs_build(name):
     parser.add_class_arguments(CalmModule, "model")
     config = parser.parse_args(["--model", str(find_config("model", name))])
     assert isinstance(parser.instantiate(config).model, CalmModule)
+
+
+def test_the_file_of_learned_weights_has_every_option_at_its_default():
+    content = yaml.safe_load(find_config("model", "learned").read_text())["methods"]["calm_learned"]["init_args"]
+    defaults = {name: p.default for name, p in inspect.signature(LearnedWeights).parameters.items()}
+    written = {name: asdict(value) if is_dataclass(value) else value for name, value in defaults.items()}
+    assert content == json.loads(json.dumps(written))
 
 
 def test_later_options_win():

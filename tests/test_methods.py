@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from calm_pl.methods.learned import LearnedWeights, reliability_without, shared_
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.metric_space import directions
 from calm_pl.methods.selection import Grid, best_of, judge_all, judged_clips
+from calm_pl.methods.settings import SEARCH, OneShot, Search
 from calm_pl.methods.trust import Tried, Trust, choose
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty
 from tests.test_baselines import make_set
@@ -69,9 +71,36 @@ def test_heads_of_wide_spread_speak_softly(shots):
 def test_the_least_tau_of_a_head_goes_with_its_squared_spread():
     prototypes_CKD = torch.zeros(2, 3, 4)
     prototypes_CKD[0, 1, 0], prototypes_CKD[0, 2, 0] = 2**0.5, 2.0  # spreads 0, 0.5 and 1
-    judged, unjudged = (Hearing.of(prototypes_CKD, 2, judged) for judged in (True, False))
-    assert_close(judged.tau(0.1), torch.tensor([0.1, 0.25, 1.0]))
-    assert_close(unjudged.tau(0.1), torch.tensor([0.1, 0.1, 0.3]))
+    for share, expected in ((1.0, [0.1, 0.25, 1.0]), (0.3, [0.1, 0.1, 0.3]), (0.0, [0.1, 0.1, 0.1])):
+        assert_close(Hearing.of(prototypes_CKD, 0.1, share).tau(0.1), torch.tensor(expected))
+
+
+def test_every_setting_of_the_search_is_obeyed():
+    heads, labels = make_set(4)
+    search = Search(centre=(0.5,), round_clips=(12.0,), tau=(0.3,), power=(0.5,), penalties=((2.0, 3.0),), steps=(3,))
+    choices = LearnedWeights(search=replace(search, lr=(0.7,)), standard_errors=0).fit(heads, labels, 4).choices()
+    expected = {"centre": 0.5, "shrinkage": 12 / (12 + 12), "tau": 0.3, "tau_w": 0.5}
+    assert {name: choices[name] for name in expected} == pytest.approx(expected)
+    assert choices["tried"] == 2 and (choices["steps"], choices["lr"]) in ((0, 0.1), (3, 0.7))
+
+    def alone(**changed):
+        return LearnedWeights(one_shot=OneShot(**changed)).fit(heads[:4], labels[:4], 4)  # one clip of each class
+
+    assert alone(centre=0.9).choices()["centre"] == 0.9 and alone(tau=0.4).choices()["tau"] >= 0.4
+    assert not torch.equal(alone(heard_spread=5.0).weights(), alone().weights())
+
+
+def test_the_step_size_is_chosen_with_the_number_of_steps():
+    """Each head hears one class and mistakes the others for one another: weights by class help, and must be reached."""
+    heads, labels = make_set(20, noise=0.7)
+    noise = torch.randn(heads.shape, generator=torch.Generator().manual_seed(0))
+    for k in range(4):
+        heads[labels != k, k] = noise[labels != k, k]
+    learned = LearnedWeights(search=Search(lr=(1e-6, 0.3)), to_start=0.01, to_shared=0.01, standard_errors=0)
+    choices = learned.fit(heads[:, :4], labels, 4).choices()
+    assert choices["tried"] == 1 + 2 * len(SEARCH.steps)
+    assert choices["lr"] == learned.step_size == 0.3 and choices["steps"] > 0
+    assert LearnedWeights(lr=0.5).fit(heads, labels, 4).step_size == 0.5
 
 
 def test_trust_in_heads_is_no_sharper_than_the_clips_of_a_class():
@@ -200,7 +229,7 @@ def test_fit_is_start_steps_finish():
     heads, labels = make_set(6, noise=1.5)
     fitted = LearnedWeights(steps=6, averaging=0.5).fit(heads, labels, 4)
     learner = LearnedWeights(steps=6, averaging=0.5).start(heads, labels, 4)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=learner.lr)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=learner.step_size)
     before = learner.criterion()
     for step in range(learner.num_steps):
         optimizer.zero_grad()

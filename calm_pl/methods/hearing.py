@@ -9,15 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Spread of a head's prototypes, as a share of its squared length: with less it says next to nothing. Chance moves
-# prototypes of n clips by the n-th part. Of heads that no clip can judge more is asked.
-HEARD_SPREAD = 0.11
-UNJUDGED_SPREAD = 0.14
-# No head's tau is less than this times its squared spread: that heads of wide spread vote softly was better for most of
-# the heads that it was tried on (docs/explanation/method.md).
-TAU_OF_SPREAD = 1.0
-UNJUDGED_TAU_OF_SPREAD = 0.3
-
 
 @dataclass(frozen=True)
 class Hearing:
@@ -32,12 +23,14 @@ class Hearing:
     least_tau_K: Tensor
 
     @classmethod
-    def of(cls, prototypes_CKD: Tensor, shots: float, judged: bool) -> Hearing:
-        """Of heads whose prototypes are means of `shots` clips; `judged` where clips can be left out to judge them."""
+    def of(cls, prototypes_CKD: Tensor, enough: float, tau_of_spread: float) -> Hearing:
+        """Of heads that hear half of what there is where their prototypes have spread `enough`.
+
+        No tau is less than `tau_of_spread` times the squared spread: that heads of wide spread vote softly was better
+        for most of the heads that it was tried on (docs/explanation/method.md).
+        """
         spread_K = spread(prototypes_CKD)
-        if judged:
-            return cls(heard(spread_K, HEARD_SPREAD / shots), TAU_OF_SPREAD * spread_K.square())
-        return cls(heard(spread_K, UNJUDGED_SPREAD), UNJUDGED_TAU_OF_SPREAD * spread_K.square())
+        return cls(heard(spread_K, enough), tau_of_spread * spread_K.square())
 
     def tau(self, tau: float) -> Tensor:
         """One temperature a head (K,): this one, or more where the spread is wide."""
@@ -52,7 +45,9 @@ def spread(prototypes_CKD: Tensor) -> Tensor:
 def heard(spread_K: Tensor, enough: float) -> Tensor:
     """How much each head hears, from 0 to 1: s^4 / (s^4 + enough^4) for a spread s, (K,).
 
-    A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing.
+    A head that hears all classes alike has little to say. Beyond that, a wider spread says nothing. Of heads that no
+    clip can judge more is asked, and of those that clips can judge less, the more clips a class has: chance moves
+    prototypes of n clips by the n-th part.
     """
     fourth_K = (spread_K / enough) ** 4
     return fourth_K / (1 + fourth_K)

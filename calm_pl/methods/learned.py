@@ -24,22 +24,10 @@ from calm_pl.methods.hearing import Hearing
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.metric_space import MetricSpace, directions
 from calm_pl.methods.selection import judged_clips
+from calm_pl.methods.settings import ONE_SHOT, SEARCH, OneShot, Search
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
-CENTRES = (0.8, 1.0)
-TAUS = (0.05, 0.1, 0.2)
-# g = c / (c + N - C): what c clips would say that vary alike in every direction, beside the N - C that the support set
-# has to tell of variation inside classes.
-ROUND_CLIPS = (4, 16, 64, 256)
-# A head's reliability to the power n is what n clips in a row would say for it: no power exceeds the clips of a class.
-POWERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
-# Where no class has two clips nothing can be left out, hence nothing chosen.
-DEFAULT_CENTRE = 1.0
-DEFAULT_TAU = 0.03
-# Penalties toward the start and toward shared weights, in clips, the strongest first; and when to stop.
-SETTINGS = ((1.0, 10.0), (1.0, 1.0), (0.1, 10.0), (0.1, 1.0), (0.1, 0.1))
-STEPS = (10, 20, 40, 80)
 PARAMETERS = ("moves_KC", "head_moves_KR", "class_moves_RC", "log_tau", "bias_C")
 
 
@@ -67,7 +55,7 @@ class LearnedWeights(MetricSpace):
         to_shared: penalty toward weights shared by all classes, in clips; None is cross-validated.
         steps: optimiser steps; None is cross-validated.
         standard_errors: how clearly learning must do better in cross-validation, else the start stays.
-        lr: Adam's step size.
+        lr: Adam's step size; None is cross-validated.
         head_dropout: share of heads left out at every step, against reliance on single heads.
         label_smoothing: of the cross-entropy, for support labels that may be wrong.
         averaging: decay of a running average of the parameters that replaces them at the end; 0 for none.
@@ -79,11 +67,16 @@ class LearnedWeights(MetricSpace):
         metric_rank: of the within-head metric, at most, for a small classifier: beyond it, a head's variation counts as
             the same in every direction. None for all that the clips tell.
         tau: temperature of the posteriors of all heads; None is chosen, and heads of wide spread vote more softly.
+        heard_spread: how far the prototypes of one clip must lie apart for a head to be heard (`hearing`); of n clips
+            an n-th part of it.
+        tau_of_spread: no head's tau is less than this times its squared spread.
         evidence: what a clip left out counts for when g, centre, tau and the sharpness of the start are averaged. Less
             than a whole clip: each stands in the prototypes that judge the others, so that they err together.
         shots: prototypes from this many random clips in an episode; None for leave-one-out episodes.
         episodes: random episodes a step (with `shots`).
         seed: of the episodes.
+        search: what is tried for whatever is chosen.
+        one_shot: what is used where no class has two clips.
     """
 
     start_logits_KC: Tensor
@@ -100,7 +93,7 @@ class LearnedWeights(MetricSpace):
         to_shared: float | None = None,
         steps: int | None = None,
         standard_errors: float = 4.0,
-        lr: float = 0.1,
+        lr: float | None = None,
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         averaging: float = 0.0,
@@ -110,10 +103,14 @@ class LearnedWeights(MetricSpace):
         centre: float | None = None,
         metric_rank: int | None = None,
         tau: float | None = None,
+        heard_spread: float = 0.11,
+        tau_of_spread: float = 1.0,
         evidence: float = 0.5,
         shots: int | None = None,
         episodes: int = 4,
         seed: int = 0,
+        search: Search = SEARCH,
+        one_shot: OneShot = ONE_SHOT,
     ) -> None:
         super().__init__()
         if alpha not in (1.0, 1.5, 2.0):
@@ -126,8 +123,10 @@ class LearnedWeights(MetricSpace):
         self.head_dropout, self.label_smoothing, self.averaging = head_dropout, label_smoothing, averaging
         self.base, self.base_clips = tuple(base), base_clips
         self.shrinkage, self.centre, self.metric_rank = shrinkage, centre, metric_rank
+        self.heard_spread, self.tau_of_spread = heard_spread, tau_of_spread
         self.tau, self.evidence = tau, evidence
         self.shots, self.episodes, self.seed = shots, episodes, seed
+        self.search, self.one_shot = search, one_shot
         self.trust = Trust()
         self.averages = {}
         self.source: EpisodeSource | None = None
@@ -136,7 +135,7 @@ class LearnedWeights(MetricSpace):
         self.start(heads_NKD, labels_N, num_classes)
         parameters = list(self.parameters())
         if parameters and self.num_steps:
-            optimizer = torch.optim.Adam(parameters, lr=self.lr)
+            optimizer = torch.optim.Adam(parameters, lr=self.step_size)
             with torch.enable_grad():
                 for step in range(self.num_steps):
                     optimizer.zero_grad()
@@ -150,14 +149,22 @@ class LearnedWeights(MetricSpace):
         """Optimiser steps that the support set asked for, or the caller."""
         return self.trust.steps if self.steps is None else self.steps
 
+    @property
+    def step_size(self) -> float:
+        """Adam's, that the support set asked for, or the caller."""
+        return self.trust.lr if self.lr is None else self.lr
+
     def start(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
         check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
         prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
-        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, DEFAULT_CENTRE)
+        metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, self.one_shot.centre)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
-        hearing = Hearing.of(prototypes_CKD, len(labels_N) / num_classes, judged=len(clips) > 0)
+        if len(clips):
+            hearing = Hearing.of(prototypes_CKD, self.heard_spread * num_classes / len(labels_N), self.tau_of_spread)
+        else:
+            hearing = Hearing.of(prototypes_CKD, self.one_shot.heard_spread, self.one_shot.tau_of_spread)
         if self.tau is not None:
             hearing = replace(hearing, least_tau_K=torch.zeros_like(hearing.least_tau_K))
         if len(clips):
@@ -198,7 +205,7 @@ class LearnedWeights(MetricSpace):
         return self
 
     def _default_start(self, centre: float, shrinkage: float | str) -> dict[str, Any]:
-        return {"centre": centre, "shrinkage": shrinkage, "tau": DEFAULT_TAU, "tau_w": 1.0, **self._given()}
+        return {"centre": centre, "shrinkage": shrinkage, "tau": self.one_shot.tau, "tau_w": 1.0, **self._given()}
 
     def _given(self) -> dict[str, float | str]:
         given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
@@ -217,21 +224,20 @@ class LearnedWeights(MetricSpace):
                 self.to_start if self.to_start is not None else a,
                 self.to_shared if self.to_shared is not None else b,
             )
-            for a, b in SETTINGS
+            for a, b in self.search.penalties
         ]
-        steps = STEPS if self.steps is None else (self.steps,)
         tried = cross_validate(
             posteriors_NKC,
             labels_N,
             start,
             list(dict.fromkeys(settings)),
-            [count for count in steps if count],
+            self.search.steps if self.steps is None else (self.steps,),
             self.alpha,
-            self.lr,
+            self.search.lr if self.lr is None else (self.lr,),
         )
-        chosen = choose(
-            tried if self.steps is None else [t for t in tried if t.trust.steps == self.steps], self.standard_errors
-        )
+        if self.steps is not None:
+            tried = [one for one in tried if one.trust.steps == self.steps]
+        chosen = choose(tried, self.standard_errors)
         self.trust = chosen.trust
         _, calibration = calibrate(chosen.scores_NC, chosen.labels_N)
         return {**chosen.as_dict(), "tried": len(tried), "calibration": calibration}
@@ -252,13 +258,13 @@ class LearnedWeights(MetricSpace):
         """
         found = []
         sharpest = max(2, len(labels_N) / num_classes)
-        powers = [power for power in POWERS if 1 / power <= sharpest]
-        shrinkages = [count / (count + metric.freedom) for count in ROUND_CLIPS]
-        for centre in CENTRES if self.centre is None else (self.centre,):
+        powers = [power for power in self.search.power if 1 / power <= sharpest]
+        shrinkages = [count / (count + metric.freedom) for count in self.search.round_clips]
+        for centre in self.search.centre if self.centre is None else (self.centre,):
             left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric.around(centre))
             for shrinkage in shrinkages if self.shrinkage is None else (self.shrinkage,):
                 cosines_NKC = left_out.cosines(shrinkage, clips)
-                for tau in TAUS if self.tau is None else (self.tau,):
+                for tau in self.search.tau if self.tau is None else (self.tau,):
                     posteriors_NKC = torch.softmax(cosines_NKC / hearing.tau(tau)[:, None], -1)
                     reliability_NK = reliability_without(posteriors_NKC, labels_N[clips], hearing.heard_K)
                     for power in powers:

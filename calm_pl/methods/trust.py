@@ -30,11 +30,18 @@ class Trust:
         to_start: weight of the divergence from the start, in clips.
         to_shared: weight of the divergence of classes from one another, in clips.
         steps: optimiser steps; 0 keeps the formula.
+        lr: step size of Adam.
     """
 
     to_start: float = 1.0
     to_shared: float = 3.0
     steps: int = 0
+    lr: float = 0.1
+
+    @property
+    def moved(self) -> float:
+        """How far Adam can have moved a parameter from its start."""
+        return self.steps * self.lr
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,10 @@ def cross_validate(
     settings: Sequence[tuple[float, float]],
     steps: Sequence[int],
     alpha: float,
-    lr: float,
+    lrs: Sequence[float],
     folds: int = 4,
 ) -> list[Tried]:
-    """Learn with every setting (to_start, to_shared), and judge after every number of steps.
+    """Learn with every setting (to_start, to_shared) and step size, and judge after every number of steps.
 
     Args:
         posteriors_NKC: leave-one-out head posteriors of the support set.
@@ -89,11 +96,12 @@ def cross_validate(
         settings: pairs of penalties, the strongest first.
         steps: numbers of optimiser steps after which to judge, ascending.
         alpha: of entmax.
-        lr: step size of Adam.
+        lrs: step sizes of Adam.
         folds: how many.
 
     Returns:
-        What was tried, the formula itself (0 steps) first, with calibrated likelihoods of the clips held out.
+        What was tried, from the formula itself (0 steps) to what can have moved the furthest, with calibrated
+        likelihoods of the clips held out.
     """
     fold_N = stratified_folds(labels_N, folds)
     num_folds = int(fold_N.max()) + 1
@@ -105,34 +113,35 @@ def cross_validate(
     starts = [start(posteriors_NKC[fold_N != f], labels_N[fold_N != f]) for f in range(num_folds)]
     weights_at_start_FKC = torch.stack(starts).repeat(len(settings), 1, 1)
     start_FKC = entmax_logits(weights_at_start_FKC, alpha)
-    moves_FKC = torch.zeros_like(start_FKC, requires_grad=True)
-    optimizer = torch.optim.Adam([moves_FKC], lr=lr)
     posteriors_CNK = posteriors_NKC.permute(2, 0, 1).contiguous()
 
     def scores(moves_FKC: Tensor) -> tuple[Tensor, Tensor]:
         weights_FKC = entmax(start_FKC + step_size(num_heads, alpha) * moves_FKC, alpha, dim=1)
         return weights_FKC, (posteriors_CNK @ weights_FKC.permute(2, 1, 0)).permute(2, 1, 0)
 
-    def held_out() -> Tensor:
+    def held_out(moves_FKC: Tensor) -> Tensor:
         _, scores_FNC = scores(moves_FKC)
         by_fold = scores_FNC.detach().view(len(settings), num_folds, len(labels_N), -1)
         return by_fold[:, fold_N.clamp_min(0), torch.arange(len(labels_N), device=fold_N.device)]
 
     tested_N = fold_N >= 0
-    tried = [_judge(Trust(steps=0), held_out()[0], labels_N, tested_N)]
-    with torch.enable_grad():
+    tried = [_judge(Trust(steps=0), held_out(torch.zeros_like(start_FKC))[0], labels_N, tested_N)]
+    for lr in lrs:
+        moves_FKC = torch.zeros_like(start_FKC, requires_grad=True)
+        optimizer = torch.optim.Adam([moves_FKC], lr=lr)
         for step in range(1, max(steps, default=0) + 1):
-            weights_FKC, scores_FNC = scores(moves_FKC)
-            loss_FN = -mixture_log_likelihood(scores_FNC, labels_N)
-            loss_F = (loss_FN * training_FN).sum(1) / counts_F
-            held_F = penalty(weights_FKC, weights_at_start_FKC, strengths_F2[:, 0], strengths_F2[:, 1]) / counts_F
-            optimizer.zero_grad()
-            (loss_F + held_F).sum().backward()
+            with torch.enable_grad():
+                weights_FKC, scores_FNC = scores(moves_FKC)
+                loss_FN = -mixture_log_likelihood(scores_FNC, labels_N)
+                loss_F = (loss_FN * training_FN).sum(1) / counts_F
+                held_F = penalty(weights_FKC, weights_at_start_FKC, strengths_F2[:, 0], strengths_F2[:, 1]) / counts_F
+                optimizer.zero_grad()
+                (loss_F + held_F).sum().backward()
             optimizer.step()
             if step in steps:
-                for setting, scores_NC in zip(settings, held_out(), strict=True):
-                    tried.append(_judge(Trust(*setting, step), scores_NC, labels_N, tested_N))
-    return tried
+                for setting, scores_NC in zip(settings, held_out(moves_FKC), strict=True):
+                    tried.append(_judge(Trust(*setting, step, lr), scores_NC, labels_N, tested_N))
+    return sorted(tried, key=lambda one: one.trust.moved)
 
 
 def mixture_log_likelihood(scores_FNC: Tensor, labels_N: Tensor) -> Tensor:

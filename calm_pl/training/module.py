@@ -178,13 +178,14 @@ class CalmModule(L.LightningModule):
     # Learning
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for learner in self.learners for p in learner.parameters()]
-        if not parameters:
+        learners = [learner for learner in self.learners if list(learner.parameters())]
+        if not learners:
             return None
         if self.optimizer is None:
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.learners[0].lr)
+            groups = [{"params": list(learner.parameters()), "lr": learner.step_size} for learner in learners]
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(groups)
         else:
-            optimizer = self.optimizer(parameters)
+            optimizer = self.optimizer([p for learner in learners for p in learner.parameters()])
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
