@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -83,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    # Python's last collections would walk all that torch and transformers have made: a second or two for nothing.
+    atexit.register(gc.freeze)
     module, _ = COMMANDS[argv[0]]
     # Lightning's commands share one module, which wants to know which of them it is.
     arguments = argv if module == "calm_pl.commands.lightning" else argv[1:]
