@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,8 +41,11 @@ def open_container(path: str | os.PathLike[str]) -> InputContainer:
         raise AudioError(
             path, "not audio that libsndfile reads; m4a, aac, webm and videos need PyAV: pip install 'calm-pl[video]'"
         ) from None
+    # Titles in some other encoding are nothing to fail for; from 19 on PyAV sees to that itself.
+    lenient: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        return av.open(os.fspath(path), metadata_errors="ignore")
+        container: InputContainer = av.open(os.fspath(path), **lenient)
+        return container
     except (av.error.FFmpegError, ValueError) as error:
         raise AudioError(
             path, f"not audio or video that libsndfile or FFmpeg reads ({_said(error)}); export it again"

@@ -17,6 +17,7 @@ from calm_pl.container import SEEKABLE, open_container, packet_seconds, start_se
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
 
 # Processors shrink frames to about this area (Qwen's 768 patches of 28 x 28); larger ones only fill memory.
@@ -62,7 +63,10 @@ def load_frames(
         stop = min(stop, begin + max_seconds)
     with open_container(path) as container:
         import av
+        from av.video.reformatter import VideoReformatter
 
+        # One of its own: PyAV's shared one keeps threads, for which a forked worker would wait for ever.
+        reformatter = VideoReformatter()
         stream = _pictures(path, container)
         seconds = stream_seconds(container, stream)
         if seconds is not None and hold_last:
@@ -70,7 +74,8 @@ def load_frames(
         elif seconds is not None:
             _check_inside(path, begin, seconds)
         try:
-            frames = [_rgb(frame) for frame in _sampled(container, stream, begin, stop, 1 / rate, hold_last)]
+            shown = _sampled(container, stream, begin, stop, 1 / rate, hold_last)
+            frames = [_rgb(frame, reformatter) for frame in shown]
         except av.error.FFmpegError as error:
             raise VideoError(path, f"truncated or damaged ({error.strerror}); fetch it again") from None
     if not frames:
@@ -141,9 +146,10 @@ def _sampled(
         wanted = begin + count * step
 
 
-def _rgb(frame: VideoFrame) -> Tensor:
+def _rgb(frame: VideoFrame, reformatter: VideoReformatter) -> Tensor:
     """(3, H, W)."""
     scale = min(1.0, math.sqrt(MAX_PIXELS / (frame.width * frame.height)))
-    small = frame.reformat(max(1, int(frame.width * scale)), max(1, int(frame.height * scale)), format="rgb24")
+    size = max(1, int(frame.width * scale)), max(1, int(frame.height * scale))
+    small = reformatter.reformat(frame, *size, format="rgb24")
     upright = np.rot90(small.to_ndarray(), round(frame.rotation / 90))  # a telephone films sideways and says so
     return torch.from_numpy(np.ascontiguousarray(upright.transpose(2, 0, 1)))

@@ -269,9 +269,18 @@ def test_runs_that_cannot_be_used_are_told(arguments, message, tmp_path, monkeyp
         calm(*arguments)
 
 
+# A shell's background jobs ignore Ctrl-C, and with them the tests that one runs.
+INTERRUPTIBLE = """
+import signal, sys
+from calm_pl import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main())
+"""
+
+
 def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path):
     arguments = options(tones, tiny_lalm, "--run_dir", tmp_path / "run", "--data.store", tmp_path / "heads")
-    command = [sys.executable, "-m", "calm_pl", "fit", *map(str, arguments)]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "fit", *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as fit:
         assert fit.stderr is not None
         said = ""
@@ -286,6 +295,7 @@ def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path):
 INTERRUPTED_IN_A_FINALISER = """
 import signal, sys, time, types
 from calm_pl import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Finalised:
     def __del__(self):

@@ -163,7 +163,8 @@ def test_compressed_sound_decodes_to_the_same_sound(tmp_path, name, codec, conta
     assert audio_seconds(path) == pytest.approx(2.0, abs=0.13)  # AAC pads to whole frames, before and behind
     spectrum = torch.fft.rfft(wave_S[: 2 * RATE]).abs()
     assert abs(int(spectrum.argmax()) - 880) <= 1  # 440 Hz in bins of 0.5 Hz
-    assert wave_S.abs().max() == pytest.approx(0.5, abs=0.03)
+    steady_S = wave_S[RATE // 2 : 3 * RATE // 2]  # FFmpeg's AAC overshoots at the start, by version more or less
+    assert steady_S.abs().max() == pytest.approx(0.5, abs=0.01)
     part_S = load_audio(path, RATE, start=0.5, end=1.25)
     assert len(part_S) == 12_000
     torch.testing.assert_close(part_S[100:-100], wave_S[8100:19900], atol=0.02, rtol=0)
