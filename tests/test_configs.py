@@ -14,6 +14,7 @@ import yaml
 from calm_pl import cli
 from calm_pl.backbone.named import named_backbone
 from calm_pl.conf import CONF_DIR, config_names, find_config
+from calm_pl.methods.calm import Calm
 from calm_pl.methods.learned import LearnedWeights
 
 GROUPS = ("backbone", "data", "logger", "model", "trainer")
@@ -67,11 +68,15 @@ def test_model_configs_build(name):
     assert isinstance(parser.instantiate(config).model, CalmModule)
 
 
-def test_the_file_of_learned_weights_has_every_option_at_its_default():
-    content = yaml.safe_load(find_config("model", "learned").read_text())["methods"]["calm_learned"]["init_args"]
-    defaults = {name: p.default for name, p in inspect.signature(LearnedWeights).parameters.items()}
-    written = {name: asdict(value) if is_dataclass(value) else value for name, value in defaults.items()}
-    assert content == json.loads(json.dumps(written))
+@pytest.mark.parametrize(
+    ("file", "name", "method", "changed"),
+    [("learned", "calm_learned", LearnedWeights, {}), ("formula", "calm_whitened", Calm, {"metric": "whitened"})],
+)
+def test_files_of_one_method_have_every_option_at_its_default(file, name, method, changed):
+    written = yaml.safe_load(find_config("model", file).read_text())["methods"][name]["init_args"]
+    defaults = {option: parameter.default for option, parameter in inspect.signature(method).parameters.items()}
+    plain = {option: asdict(value) if is_dataclass(value) else value for option, value in defaults.items()}
+    assert written == json.loads(json.dumps(plain | changed))
 
 
 def test_later_options_win():

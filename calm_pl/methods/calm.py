@@ -18,8 +18,8 @@ from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import check_support
 from calm_pl.methods.calibration import calibrate, temper
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import CENTRE, SHRINKAGES, MetricSpace, directions
-from calm_pl.methods.selection import Formula, Grid, best_of, judge_all
+from calm_pl.methods.metric_space import CENTRE, MetricSpace, directions
+from calm_pl.methods.selection import GRID, Formula, Grid, best_of, judge_all
 
 # Where no class has two clips nothing can be left out, hence nothing chosen.
 DEFAULT = Formula()
@@ -43,6 +43,7 @@ class Calm(MetricSpace):
         shrinkage: g of the within-head metric, a number or "ledoit_wolf" or "oas".
         centre: of the within-head metric, as a share of the mean of the prototypes.
         metric_rank: of the within-head metric, at most, for a small classifier; None for all that the clips tell.
+        grid: what is tried for whatever is not given.
     """
 
     weights_KC: Tensor
@@ -58,11 +59,12 @@ class Calm(MetricSpace):
         shrinkage: float | str | None = None,
         centre: float = CENTRE,
         metric_rank: int | None = None,
+        grid: Grid = GRID,
     ) -> None:
         super().__init__()
         if metric not in ("raw", "whitened"):
             raise ValueError(f"metric must be raw or whitened; got {metric!r}")
-        self.metric, self.centre, self.metric_rank = metric, centre, metric_rank
+        self.metric, self.centre, self.metric_rank, self.grid = metric, centre, metric_rank, grid
         given = {"tau": tau, "scheme": scheme, "tau_w": tau_w, "alpha": alpha, "shrinkage": shrinkage}
         self.given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if top_k is not None:
@@ -86,11 +88,10 @@ class Calm(MetricSpace):
     def _choose(
         self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, metric: HeadMetric | None, default: Formula
     ) -> tuple[Formula, dict[str, Any]]:
-        grid = Grid() if metric is None else Grid(shrinkage=SHRINKAGES)
         fixed = {key: (value,) for key, value in self.given.items() if key != "top_k"}
         if "top_k" in self.given:
             fixed["top_fraction"] = (1.0 if not self.given["top_k"] else self.given["top_k"] / heads_NKD.shape[1],)
-        judged = judge_all(heads_NKD, labels_N, num_classes, replace(grid, **fixed), metric)
+        judged = judge_all(heads_NKD, labels_N, num_classes, replace(self.grid, **fixed), metric)
         if not judged:
             formula = replace(default, **self.given)
             return formula, {**asdict(formula), "chosen": False, "calibration": {"temperature": 1.0}}

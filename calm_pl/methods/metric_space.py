@@ -24,10 +24,9 @@ from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import HeadClassifier, check_support
 from calm_pl.methods.calibration import best_temperature
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.selection import judged_clips
+from calm_pl.methods.selection import SHRINKAGES, judged_clips
 
 CENTRE = 0.8
-SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
 UNLABELLED_SHRINKAGE = 0.6  # the total covariance holds what tells classes apart, too: much of it must stay
 
 

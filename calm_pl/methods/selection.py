@@ -22,6 +22,7 @@ from calm_pl.methods.leave_one_out import LeaveOneOut
 # Choosing looks at no more than this many posteriors at once, but at two clips of every class; clips beyond it still
 # make prototypes and weights.
 MAX_POSTERIORS = 2**26
+SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,20 @@ class Formula:
 
 @dataclass(frozen=True)
 class Grid:
-    """The values tried for each part of a `Formula`; one value fixes it. `top_k` is given as fractions of the
-    heads."""
+    """The values tried for each part of a `Formula`; one value fixes it.
+
+    `top_k` is given as fractions of the heads; `shrinkage` counts in the within-head metric alone.
+    """
 
     tau: Sequence[float] = (0.03, 0.07, 0.15)
     scheme: Sequence[str] = F.SCHEMES
     tau_w: Sequence[float] = (0.3, 1.0)
     top_fraction: Sequence[float] = (1.0, 0.25)
     alpha: Sequence[float] = (0.0, 5.0)
-    shrinkage: Sequence[float | str | None] = (None,)
+    shrinkage: Sequence[float | str] = SHRINKAGES
+
+
+GRID = Grid()
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,9 @@ def judge_all(
     if not len(clips):
         return []
     judged: list[Judged] = []
-    for shrinkage in grid.shrinkage:
-        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, None if shrinkage is None else metric)
+    shrinkages: Sequence[float | str | None] = (None,) if metric is None else grid.shrinkage
+    for shrinkage in shrinkages:
+        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         cosines_NKC = left_out.cosines(shrinkage, clips)
         for tau in grid.tau:
             posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
