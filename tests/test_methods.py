@@ -75,16 +75,20 @@ def test_the_least_tau_of_a_head_goes_with_its_squared_spread():
         assert_close(Hearing.of(prototypes_CKD, 0.1, share).tau(0.1), torch.tensor(expected))
 
 
+def test_every_setting_of_the_grid_is_obeyed():
+    heads, labels = make_set(4)
+    grid = Grid(tau=(0.2,), scheme=("prob_softmax",), tau_w=(0.4,), top_fraction=(0.5,), alpha=(2.0,), shrinkage=(0.6,))
+    choices = Calm("whitened", grid=grid).fit(heads, labels, 4).choices()
+    expected = {"tau": 0.2, "scheme": "prob_softmax", "tau_w": 0.4, "top_k": 3, "alpha": 2.0, "shrinkage": 0.6}
+    assert {name: choices[name] for name in expected} == expected and choices["candidates"] == 1
+
+
 def test_every_setting_of_the_search_is_obeyed():
     heads, labels = make_set(4)
     search = Search(centre=(0.5,), round_clips=(12.0,), tau=(0.3,), power=(0.5,), penalties=((2.0, 3.0),), steps=(3,))
     choices = LearnedWeights(search=replace(search, lr=(0.7,)), standard_errors=0).fit(heads, labels, 4).choices()
     expected = {"centre": 0.5, "shrinkage": 12 / (12 + 12), "tau": 0.3, "tau_w": 0.5}
     assert {name: choices[name] for name in expected} == pytest.approx(expected)
-    grid = Grid(tau=(0.2,), scheme=("prob_softmax",), tau_w=(0.4,), top_fraction=(0.5,), alpha=(2.0,), shrinkage=(0.6,))
-    choices = Calm("whitened", grid=grid).fit(heads, labels, 4).choices()
-    expected = {"tau": 0.2, "scheme": "prob_softmax", "tau_w": 0.4, "top_k": 3, "alpha": 2.0, "shrinkage": 0.6}
-    assert {name: choices[name] for name in expected} == expected and choices["candidates"] == 1
     assert choices["tried"] == 2 and (choices["steps"], choices["lr"]) in ((0, 0.1), (3, 0.7))
 
     def alone(**changed):
