@@ -98,7 +98,7 @@ def test_every_setting_of_the_search_is_obeyed():
     assert not torch.equal(alone(heard_spread=5.0).weights(), alone().weights())
 
 
-def test_the_step_size_is_chosen_with_the_number_of_steps():
+def test_the_learning_rate_is_chosen_with_the_number_of_steps():
     """Each head hears one class and mistakes the others for one another: weights by class help, and must be reached."""
     heads, labels = make_set(20, noise=0.7)
     noise = torch.randn(heads.shape, generator=torch.Generator().manual_seed(0))
@@ -107,8 +107,8 @@ def test_the_step_size_is_chosen_with_the_number_of_steps():
     learned = LearnedWeights(search=Search(lr=(1e-6, 0.3)), to_start=0.01, to_shared=0.01, standard_errors=0)
     choices = learned.fit(heads[:, :4], labels, 4).choices()
     assert choices["tried"] == 1 + 2 * len(SEARCH.steps)
-    assert choices["lr"] == learned.step_size == 0.3 and choices["steps"] > 0
-    assert LearnedWeights(lr=0.5).fit(heads, labels, 4).step_size == 0.5
+    assert choices["lr"] == learned.learning_rate == 0.3 and choices["steps"] > 0
+    assert LearnedWeights(lr=0.5).fit(heads, labels, 4).learning_rate == 0.5
 
 
 def test_trust_in_heads_is_no_sharper_than_the_clips_of_a_class():
@@ -237,7 +237,7 @@ def test_fit_is_start_steps_finish():
     heads, labels = make_set(6, noise=1.5)
     fitted = LearnedWeights(steps=6, averaging=0.5).fit(heads, labels, 4)
     learner = LearnedWeights(steps=6, averaging=0.5).start(heads, labels, 4)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=learner.step_size)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=learner.learning_rate)
     before = learner.criterion()
     for step in range(learner.num_steps):
         optimizer.zero_grad()

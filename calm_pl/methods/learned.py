@@ -135,7 +135,7 @@ class LearnedWeights(MetricSpace):
         self.start(heads_NKD, labels_N, num_classes)
         parameters = list(self.parameters())
         if parameters and self.num_steps:
-            optimizer = torch.optim.Adam(parameters, lr=self.step_size)
+            optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
             with torch.enable_grad():
                 for step in range(self.num_steps):
                     optimizer.zero_grad()
@@ -150,7 +150,7 @@ class LearnedWeights(MetricSpace):
         return self.trust.steps if self.steps is None else self.steps
 
     @property
-    def step_size(self) -> float:
+    def learning_rate(self) -> float:
         """Adam's, that the support set asked for, or the caller."""
         return self.trust.lr if self.lr is None else self.lr
 

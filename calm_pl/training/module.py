@@ -182,7 +182,7 @@ class CalmModule(L.LightningModule):
         if not learners:
             return None
         if self.optimizer is None:
-            groups = [{"params": list(learner.parameters()), "lr": learner.step_size} for learner in learners]
+            groups = [{"params": list(learner.parameters()), "lr": learner.learning_rate} for learner in learners]
             optimizer: torch.optim.Optimizer = torch.optim.Adam(groups)
         else:
             optimizer = self.optimizer([p for learner in learners for p in learner.parameters()])
