@@ -15,6 +15,7 @@ SWEEP    ?= shots
 ARGS     ?=
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -28,11 +29,11 @@ help:  ## this text
 
 install: $(STAMP)  ## make .venv and install the package with its development tools
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and f"calm-pl needs Python 3.10 to 3.13, this is {sys.version.split()[0]}: make install PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint $(CONSTRAINTS)
 	@touch $@
 
 train: $(STAMP)  ## few-shot classifier of DATASET with BACKBONE: fit, test, run folder
