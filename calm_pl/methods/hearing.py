@@ -27,7 +27,7 @@ class Hearing:
         """Of heads that hear half of what there is where their prototypes have spread `enough`.
 
         No tau is less than `tau_of_spread` times the squared spread: that heads of wide spread vote softly was better
-        for most of the heads that it was tried on (docs/explanation/method.md).
+        for most of the heads that it was tried on (docs/explanation/tried.md).
         """
         spread_K = spread(prototypes_CKD)
         return cls(heard(spread_K, enough), tau_of_spread * spread_K.square())
