@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calm_pl.clip import Clip
 from calm_pl.headstore import HeadStore, HeadStoreError, clip_key, file_digest, store_root
+from calm_pl.headstore import shard as shard_module
 from calm_pl.headstore import store as store_module
 from calm_pl.headstore.index import ShardIndex
 from calm_pl.headstore.inventory import delete, list_stores, tidy
@@ -188,6 +189,27 @@ def test_reader_follows_a_merge(tmp_path: Path) -> None:
     assert torch.equal(reader.read(keys), before)
 
 
+def test_a_shard_that_goes_and_comes_back_while_it_is_opened_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HeadStore(KEY, tmp_path)
+    store.write(["0"], heads(1))
+    (path,) = shards(store)
+    opened, away = shard_module.safe_open, tmp_path / "away"
+
+    def late(*arguments: Any) -> Any:
+        if away.exists():
+            return opened(*arguments)
+        path.rename(away)
+        try:
+            return opened(*arguments)
+        finally:
+            path.write_bytes(away.read_bytes())
+
+    monkeypatch.setattr(shard_module, "safe_open", late)
+    assert HeadStore(KEY, tmp_path).missing(["0"]) == []
+
+
 def test_a_long_run_of_small_writes_leaves_few_files(tmp_path: Path) -> None:
     store = HeadStore(KEY, tmp_path)
     for index in range(200):
@@ -258,6 +280,24 @@ OPERATIONS = st.tuples(
     st.integers(0, 2),
     st.one_of(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=4), st.sampled_from(["compact", "look"])),
 )
+
+
+def test_two_that_compact_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calm_pl.headstore.index.SHARD_BYTES", 2 * heads(1).half().nbytes)
+    store, other = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
+    keys = [str(index) for index in range(8)]
+    for index, key in enumerate(keys):
+        store.write([key], heads(8)[index : index + 1])
+    merge = ShardIndex.merge
+    with monkeypatch.context() as patch:
+
+        def others_first(index: ShardIndex, names: list[str]) -> None:
+            merge(other._index, [path.name for path in shards(other)])
+            merge(index, names)
+
+        patch.setattr(ShardIndex, "merge", others_first)
+        store.compact()
+    assert torch.equal(store.read(keys), heads(8).half().float())
 
 
 @settings(max_examples=40, deadline=None)

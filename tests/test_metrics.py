@@ -13,6 +13,7 @@ from calm_pl.training import metrics
 from calm_pl.training.metrics import (
     BOOTSTRAP_RESAMPLES,
     CALIBRATION_BINS,
+    ClipScores,
     bootstrap_draws,
     bootstrap_intervals,
     calibration_error_draws,
@@ -52,3 +53,14 @@ def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_once(monkeyp
     low, high = at_once["mean_interval"]
     half = 1.96 * float(values_N.std()) / 40**0.5
     assert (high - low) / 2 == pytest.approx(half, rel=0.15) and low < float(values_N.mean()) < high
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.eye(3)[:2]], ids=["one", "several"])
+def test_a_probability_that_rounds_to_more_than_1_is_1(labels):
+    scores = {}
+    for certain in (1.0, 1.0 + 2**-23):
+        clip_scores = ClipScores()
+        clip_scores.update(torch.arange(2), torch.tensor([[certain, 0, 0], [0.2, 0.7, 0.1]]), labels)
+        scores[certain] = clip_scores.compute()
+    assert scores[1.0 + 2**-23] == scores[1.0]
+    assert scores[1.0]["ece"] == pytest.approx(0.15)

@@ -118,8 +118,8 @@ class ShardIndex:
         self.refresh()
         group: list[str] = []
         total = 0
-        for name in sorted(self._shards):
-            size = self._shards[name].payload_bytes(self.dtype)
+        for name, shard in sorted(self._shards.items()):  # as they are now: each merge looks anew at what there is
+            size = shard.payload_bytes(self.dtype)
             if total + size > SHARD_BYTES:
                 self.merge(group)
                 group, total = [], 0

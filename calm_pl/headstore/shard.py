@@ -24,6 +24,7 @@ from calm_pl.headstore.files import write_atomically
 
 SUFFIX = ".safetensors"
 CORRUPT_SUFFIX = ".corrupt"
+ATTEMPTS = 3  # to open a file that is there
 
 
 class CorruptShardError(Exception):
@@ -102,13 +103,16 @@ class Shard:
 
 
 def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, "pt")
-    except (FileNotFoundError, RuntimeError) as error:
-        # safetensors opens the file twice and may say "not found" of one that it only lacks the rights or
-        # descriptors for; Python tells what is the matter.
-        path.open("rb").close()
-        raise OSError(f"{path} cannot be mapped: {error}") from error
+    for _ in range(ATTEMPTS):
+        try:
+            return safe_open(path, "pt")
+        except (FileNotFoundError, RuntimeError) as error:
+            # safetensors opens the file twice and may say "not found" of one that it only lacks the rights or
+            # descriptors for; Python tells what is the matter. Where nothing is, two processes merged the same
+            # shards: the file was merged further and deleted, and is there again.
+            path.open("rb").close()
+            reason = error
+    raise OSError(f"{path} cannot be mapped: {reason}") from reason
 
 
 _SAFETENSORS_NAME = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

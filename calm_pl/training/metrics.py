@@ -51,7 +51,8 @@ class ClipScores(Metric):
         """
         self.indices.append(indices_B)
         self.labels.append(labels_B)
-        self.probabilities.append(probabilities_BC.float())
+        # Shares that sum to 1 may round to a little more, which torchmetrics would take for logits, all of them.
+        self.probabilities.append(probabilities_BC.float().clamp_max(1))
 
     def one_label_each(self) -> None:
         """Replace rows of 0 and 1 by the one true class that each clip has, -1 where unknown."""
