@@ -144,6 +144,18 @@ def test_a_shard_that_ends_early_is_named(tmp_path: Path, kept: float | str) -> 
     assert errors[0].startswith(f"{shards[0]}: the shard cannot be read to its end")
 
 
+def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path: Path) -> None:
+    (shard,), _ = write_shards(make_clips(tmp_path / "audio", 3, (".wav",)), tmp_path / "shards")
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as archive:
+        start = archive.getmembers()[4].offset
+    content[start : start + 512] = b"\x01" * 512
+    shard.write_bytes(content)
+    clips, errors = stream(str(shard))
+    assert [item.clip.group for item in clips] == ["0"]
+    assert len(errors) == 1 and "damaged header" in errors[0]
+
+
 def test_addresses(tmp_path: Path) -> None:
     shards, _ = write_shards(make_clips(tmp_path / "audio", 4), tmp_path / "shards", per_shard=2)
     piped = f"pipe:cat {shlex.quote(str(shards[0]))}"

@@ -154,7 +154,7 @@ def _members(url: str) -> Iterator[tuple[str, str, bytes]]:
     # webdataset knows http(s) and gs, but not s3.
     address = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
     source = _Source(gopen(address))
-    with source, tarfile.open(fileobj=source, mode="r|*") as archive:  # type: ignore[call-overload]
+    with source, tarfile.open(fileobj=source, mode="r|*", tarinfo=_Member) as archive:  # type: ignore[call-overload]
         for info in archive:
             if file := archive.extractfile(info):
                 folder, name = os.path.split(info.name)
@@ -163,6 +163,17 @@ def _members(url: str) -> Iterator[tuple[str, str, bytes]]:
         source.drain()
         if not url.endswith(_COMPRESSED) and source.tail != _END_MARK:
             raise EOFError("it has no end mark")
+
+
+class _Member(tarfile.TarInfo):
+    """A damaged header is an error: tarfile would take it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Member:  # type: ignore[override]
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"damaged header: {error}") from error
 
 
 class _Source:
