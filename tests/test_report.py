@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
@@ -97,6 +98,11 @@ def test_figures_by_class_come_from_the_predictions(run_folder):
     assert [mistake.confidence for mistake in run.mistakes] == [0.85, 0.55]
     bins = {round(one.confidence, 3): (one.correct, one.count) for one in run.calibration}
     assert bins == {0.55: (0, 1), 0.65: (1, 1), 0.7: (1, 1), 0.825: (1, 2), 0.9: (1, 1)}
+
+
+def test_the_page_says_what_each_class_was_taken_for(run_folder):
+    cells = re.findall(r"</span></td>\n<td>(.*?)</td></tr>", (run_folder / "report.html").read_text())
+    assert cells == ["rain 1", "", "rain 1"]
 
 
 def test_the_page_is_one_file_that_names_nothing_outside(run_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -359,3 +360,11 @@ def test_help_loads_nothing_heavy():
     )
     run = calm_process(program=program)
     assert run.returncode == 0, run.stderr
+
+
+def test_what_an_output_cannot_encode_is_escaped(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(cli, "_run", lambda argv: print("5 shots · Vögel", flush=True) or 0)
+    assert cli.main(["report"]) == 0
+    assert shown.getvalue() == b"5 shots \\xb7 V\\xf6gel\n"
