@@ -18,7 +18,7 @@ from calm_pl.clip import Clip
 from calm_pl.conf import find_config
 from calm_pl.data.recipes import Manifest
 from calm_pl.methods.compare import Row
-from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, means, read_rows
+from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, means, read_rows, report
 
 
 def compare(*arguments: object) -> None:
@@ -164,3 +164,11 @@ def test_means_take_a_seed_as_one_observation():
     mean, half = means(rows)["calm"][1]
     assert mean == pytest.approx((0.3 + 0.6 + 0.9) / 3)
     assert half == pytest.approx(4.303 * 0.3 / 3**0.5, rel=0.02)  # Student's t with 2 degrees of freedom
+
+
+def test_two_seeds_have_means_without_intervals(tmp_path, capsys):
+    rows = [Row(method, 1, seed, "1", accuracy + seed / 10, 0, 0, 0, 0, 0)
+            for method, accuracy in [("calm", 0.5), ("sav", 0.3)] for seed in range(2)]  # fmt: skip
+    report(rows, tmp_path)
+    shown = capsys.readouterr().out
+    assert "55.0" in shown and "35.0" in shown and "-20.0" in shown and "nan" not in shown

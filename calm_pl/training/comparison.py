@@ -255,8 +255,7 @@ def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = 
     for count in shots:
         shown.add_column(f"{count} shot{'s' * (count > 1)}", justify="right", no_wrap=True)
     for method, points in table.items():
-        cells = [f"{100 * points[n][0]:.1f} ± {100 * points[n][1]:.1f}" if n in points else "" for n in shots]
-        shown.add_row(method, *cells)
+        shown.add_row(method, *(_mean_and_half(*points[n]) if n in points else "" for n in shots))
     console = wide_console()
     console.print(shown)
     differences = [
@@ -284,12 +283,18 @@ def _against(differences: Sequence[Difference], reference: str, shots: Sequence[
         table.add_column(f"{count}", justify="right", no_wrap=True)
     for method in dict.fromkeys(difference.method for difference in differences):
         cells = {
-            d.shots: f"{100 * d.mean:+.1f} \\[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+            d.shots: f"{100 * d.mean:+.1f}"
+            + ("" if math.isnan(d.low) else f" \\[{100 * d.low:+.1f}, {100 * d.high:+.1f}]")
             for d in differences
             if d.method == method
         }
         table.add_row(method, *(cells.get(count, "") for count in shots))
     return table
+
+
+def _mean_and_half(mean: float, half: float) -> str:
+    """A cell in percent; below 3 seeds there is no interval."""
+    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
 def _number(value: float) -> float | None:
