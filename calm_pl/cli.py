@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         _parser().error(f"unknown command {argv[0]!r}; choose one of: {', '.join(COMMANDS)}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an encoding such as ASCII lacks must not end a finished run
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # As stderr's: what an encoding such as ASCII lacks must not end a finished run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _interruptible():
             return _run(argv)

@@ -145,6 +145,11 @@ def half_width(values: Sequence[float]) -> float:
     return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def mean_and_half(mean: float, half: float) -> str:
+    """A mean and half of its interval in percent, as tables show them; the mean alone where half is NaN."""
+    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+
+
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """The point below which Student's t lies with this probability (from 0.5 to 0.9995), to 6 digits.
 

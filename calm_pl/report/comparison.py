@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from calm_pl.methods.compare import half_width
+from calm_pl.methods.compare import half_width, mean_and_half
 from calm_pl.progress import Task
 from calm_pl.report import plots
 from calm_pl.report.page import CURVE, Plot, inline_svg, render, write_report
@@ -61,7 +61,7 @@ class Row:
         return half_width(self.accuracies)
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.half_width:.1f}" if len(self.accuracies) > 2 else "")
+        return mean_and_half(self.mean, self.half_width)
 
 
 class Comparison:

@@ -48,11 +48,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """How many of a class's test clips were told right, with Wilson's 95 % interval."""
+    """How many of a class's test clips were told right, with Wilson's 95 % interval, and what others were taken for."""
 
     name: str
     correct: int
     total: int
+    taken_for: dict[str, int]  # clips by the wrong class that they were given
 
     @property
     def accuracy(self) -> float:
@@ -168,10 +169,18 @@ class Run:
 
     @property
     def per_class(self) -> list[ClassAccuracy]:
-        """Accuracy of each class that has test clips, in the classes' order."""
-        total = Counter(p.label for p in self.labelled)
-        correct = Counter(p.label for p in self.labelled if p.correct)
-        return [ClassAccuracy(name, correct[name], total[name]) for name in self.classes if total[name]]
+        """Accuracy of each class that has test clips, and what it was taken for, in the classes' order."""
+        said = {name: Counter(p.prediction for p in self.labelled if p.label == name) for name in self.classes}
+        return [
+            ClassAccuracy(
+                name,
+                counts[name],
+                counts.total(),
+                {other: counts[other] for other in self.classes if other != name and counts[other]},
+            )
+            for name, counts in said.items()
+            if counts
+        ]
 
     @property
     def calibration(self) -> list[CalibrationBin]:

@@ -26,7 +26,7 @@ from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Recipe
 from calm_pl.data.splits import check_disjoint, draw_support
 from calm_pl.methods.base import HeadClassifier
-from calm_pl.methods.compare import Difference, Fold, Row, compare, half_width, paired_differences
+from calm_pl.methods.compare import Difference, Fold, Row, compare, half_width, mean_and_half, paired_differences
 from calm_pl.progress import Task
 from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
 from calm_pl.training.results import wide_console, write_json
@@ -255,7 +255,7 @@ def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = 
     for count in shots:
         shown.add_column(f"{count} shot{'s' * (count > 1)}", justify="right", no_wrap=True)
     for method, points in table.items():
-        shown.add_row(method, *(_mean_and_half(*points[n]) if n in points else "" for n in shots))
+        shown.add_row(method, *(mean_and_half(*points[n]) if n in points else "" for n in shots))
     console = wide_console()
     console.print(shown)
     differences = [
@@ -290,11 +290,6 @@ def _against(differences: Sequence[Difference], reference: str, shots: Sequence[
         }
         table.add_row(method, *(cells.get(count, "") for count in shots))
     return table
-
-
-def _mean_and_half(mean: float, half: float) -> str:
-    """A cell in percent; below 3 seeds there is no interval."""
-    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
 def _number(value: float) -> float | None:
