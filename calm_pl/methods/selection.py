@@ -83,7 +83,9 @@ def judge_all(
 ) -> list[Judged]:
     """Every formula of the grid, in its order, with its leave-one-out accuracy and likelihood.
 
-    A clip is left out of its prototype, of the metric, and of the reliability of its class.
+    A clip is left out of its prototype, of the metric, and with its own evidence of the reliability of its class. Its
+    classmates' evidence comes from prototypes that hold it still, so that accuracy and likelihood are too good, the
+    more so the fewer the clips.
     """
     clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
     if not len(clips):
