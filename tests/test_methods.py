@@ -15,7 +15,7 @@ from calm_pl import functional as F
 from calm_pl.functional import HeadMetric
 from calm_pl.methods import selection
 from calm_pl.methods.calibration import best_temperature, calibrate, temper
-from calm_pl.methods.calm import Calm
+from calm_pl.methods.calm import Calm, formula_weights
 from calm_pl.methods.compare import Fold, Row, compare, paired_differences, t_quantile
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.hearing import Hearing, heard, spread
@@ -147,7 +147,7 @@ def test_the_only_clip_of_a_class_queries_with_noise_where_asked():
     assert torch.equal(noisy[:-1], left_out.cosines(0.3)[:-1])
 
 
-def test_choosing_takes_the_best_left_out_accuracy_then_likelihood():
+def test_choosing_takes_the_best_held_out_accuracy_then_likelihood():
     heads, labels = make_set(4, noise=2.0)
     judged = judge_all(heads, labels, 4, Grid())
     best = best_of(judged)
@@ -155,7 +155,49 @@ def test_choosing_takes_the_best_left_out_accuracy_then_likelihood():
     assert best.nll == min(j.nll for j in judged if j.accuracy == best.accuracy)
     choices = Calm().fit(heads, labels, 4).choices()
     assert (choices["tau"], choices["scheme"]) == (best.formula.tau, best.formula.scheme)
-    assert choices["loo_accuracy"] == pytest.approx(best.accuracy)
+    assert choices["cv_accuracy"] == pytest.approx(best.accuracy)
+
+
+FORMULA = {"tau": 0.07, "scheme": "margin_clamped", "tau_w": 0.3, "top_k": 0, "alpha": 0.0}
+
+
+@pytest.mark.parametrize("shots", [2, 5])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Calm(**FORMULA),
+        lambda: Calm("whitened", shrinkage=0.3, **FORMULA),
+        lambda: LearnedWeights(steps=40, lr=0.1, to_start=0.01, to_shared=0.01),
+    ],
+    ids=["calm", "calm_whitened", "calm_learned"],
+)
+def test_noise_is_not_said_to_be_worth_more_than_chance(make, shots):
+    """Of many heads that hear nothing some fit any clips; nobody who is judged by them may have chosen them."""
+    labels = torch.arange(4).repeat_interleave(shots)
+    said = [
+        make().fit(torch.randn(len(labels), 40, 8, generator=torch.Generator().manual_seed(seed)), labels, 4)
+        for seed in range(160 // len(labels))
+    ]
+    mean = sum(method.choices()["cv_accuracy"] for method in said) / len(said)
+    assert mean < 0.25 + 0.1  # three standard errors; around a centre, leaving a clip out makes its class look worse
+
+
+def test_the_weights_that_judge_a_fold_are_those_that_the_other_clips_make():
+    heads, labels = make_set(4, noise=2.0)
+    metric = HeadMetric.estimate(heads, labels, 4, 0.8)
+    judged = judge_all(heads, labels, 4, Grid(tau=(0.2,), shrinkage=(0.3,)), metric)[-1]
+    expected = torch.zeros(len(labels), 4)
+    cosines_NKC = LeaveOneOut(heads, labels, 4, metric).cosines(0.3)
+    fold_N = torch.arange(4).repeat(4) if labels[1] == 0 else torch.arange(4).repeat_interleave(4)
+    for fold in range(4):
+        rest = fold_N != fold
+        of_rest = HeadMetric.estimate(heads[rest], labels[rest], 4, 0.8)
+        weights_KC = formula_weights(heads[rest], labels[rest], 4, judged.formula, of_rest)
+        posteriors_NKC = torch.softmax(cosines_NKC[~rest] / 0.2, -1)
+        expected[~rest] = torch.einsum("nkc,kc->nc", posteriors_NKC, weights_KC)
+    order = fold_N.argsort(stable=True)
+    assert torch.equal(judged.labels_N, labels[order])
+    assert_close(judged.scores_NC, (expected / expected.sum(1, keepdim=True))[order])
 
 
 def test_what_the_caller_fixes_is_not_chosen():
@@ -201,6 +243,19 @@ def test_learning_stops_at_what_standard_errors_cannot_tell_from_the_best():
     assert choose([start, doubtful], 1.0) is start
     assert choose([start, middle, clear], 1.0) is clear
     assert choose([start, doubtful], 0.0) is doubtful
+
+
+def test_ranks_give_the_only_clips_of_classes_the_noise_that_one_process_gives_them():
+    heads, labels = make_set(3)
+    heads, labels = torch.cat([heads, heads[:3] + 1]), torch.cat([labels, torch.tensor([4, 5, 6])])
+    left_out = LeaveOneOut(heads, labels, 7, HeadMetric.estimate(heads, labels, 7))
+    source = EpisodeSource(left_out, 0.3)
+    parts = [source.draw(7, rank, 2) for rank in range(2)]
+    apart = torch.cat([part.cosines_QKC for part in parts])
+    order = torch.cat([part.labels_Q for part in parts])
+    whole = source.draw(7)
+    for label in (4, 5, 6):
+        assert_close(apart[order == label], whole.cosines_QKC[whole.labels_Q == label])
 
 
 @pytest.mark.parametrize("shots", [None, 2])

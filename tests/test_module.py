@@ -67,6 +67,32 @@ def test_the_trainers_loop_and_the_plain_loop_agree(unbroken, tones, tiny_lalm):
     torch.testing.assert_close(alone.get_parameter("moves_KC").detach(), moves(unbroken), atol=1e-5, rtol=0)
 
 
+def test_learners_take_as_many_steps_as_each_asked_for(tones, tiny_lalm, tmp_path):
+    def learner(steps: int) -> LearnedWeights:
+        return LearnedWeights(steps=steps, shrinkage=0.3, tau=0.15, to_start=0.1, to_shared=0.1, averaging=0.5)
+
+    learners = {f"of_{steps}": learner(steps) for steps in (0, 4, 11)}
+    run = trainer(tmp_path)
+    run.fit(CalmModule({**learners}, classifier="of_4"), datamodule=data_module(tones, tiny_lalm))
+    assert run.global_step == 11
+    support = run.datamodule.support()
+    for steps, together in zip((0, 4, 11), learners.values(), strict=True):
+        alone = learner(steps).fit(support.heads_BKD, support.labels_B, 3)
+        moved, expected = (one.get_parameter("moves_KC").detach() for one in (together, alone))
+        torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
+        assert bool(moved.any()) == bool(steps)
+
+
+def test_resuming_goes_on_averaging(tones, tiny_lalm, tmp_path):
+    whole, first, resumed = (module(averaging=0.9) for _ in range(3))
+    trainer(tmp_path).fit(whole, datamodule=data_module(tones, tiny_lalm))
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=13, save_top_k=-1, filename="{step}")
+    stopped = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True, max_steps=13)
+    stopped.fit(first, datamodule=data_module(tones, tiny_lalm))
+    trainer(tmp_path).fit(resumed, datamodule=data_module(tones, tiny_lalm), ckpt_path=tmp_path / "step=13.ckpt")
+    torch.testing.assert_close(moves(resumed), moves(whole), atol=1e-6, rtol=0)
+
+
 def test_resuming_in_the_middle_gives_the_same_weights(unbroken, tones, tiny_lalm, tmp_path):
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=13, save_top_k=-1, filename="{step}")
     first = module()
@@ -84,10 +110,17 @@ PROGRAM = """
 import sys, torch, lightning as L
 from pathlib import Path
 from tests.test_module import data_module, module, moves, trainer
-folder, tones, model = sys.argv[1:]
+folder, tones, model, noise = sys.argv[1:]
 calm = module()
 run = trainer(folder, devices=2, strategy="ddp")
-run.fit(calm, datamodule=data_module(tones, model))
+data = data_module(tones, model)
+clean = data.support
+def support():  # as sums on a GPU do
+    found = clean()
+    found.heads_BKD += run.global_rank * float(noise) * torch.randn(found.heads_BKD.shape)
+    return found
+data.support = support
+run.fit(calm, datamodule=data)
 if run.is_global_zero:
     torch.save(moves(calm), folder + "/moves.pt")
 run.test(calm, datamodule=data_module(tones, model), verbose=False)
@@ -95,10 +128,11 @@ Path(folder, f"accuracy-{run.global_rank}").write_text(str(calm.figures["calm_le
 """
 
 
-def test_two_processes_learn_what_one_learns(unbroken, tones, tiny_lalm, tmp_path):
+@pytest.mark.parametrize("noise", ["0", "1e-7"])
+def test_two_processes_learn_what_one_learns(unbroken, tones, tiny_lalm, tmp_path, noise):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    command = [sys.executable, str(script), str(tmp_path), str(tones), tiny_lalm]
+    command = [sys.executable, str(script), str(tmp_path), str(tones), tiny_lalm, noise]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)

@@ -6,7 +6,7 @@ Shapes: N clips, K heads, D head dimension, C classes, R rank, Q queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calib
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.hearing import Hearing
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.logistic import stratified_folds
 from calm_pl.methods.metric_space import MetricSpace, directions
-from calm_pl.methods.selection import judged_clips
+from calm_pl.methods.selection import FOLDS, judged_clips
 from calm_pl.methods.settings import ONE_SHOT, SEARCH, OneShot, Search
 from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
@@ -92,7 +93,7 @@ class LearnedWeights(MetricSpace):
         to_start: float | None = None,
         to_shared: float | None = None,
         steps: int | None = None,
-        standard_errors: float = 4.0,
+        standard_errors: float = 1.0,
         lr: float | None = None,
         head_dropout: float = 0.0,
         label_smoothing: float = 0.0,
@@ -188,13 +189,11 @@ class LearnedWeights(MetricSpace):
         if len(clips):
             posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau_K[:, None], -1)
             weights_KC = start(posteriors_NKC, labels_N[clips])
-            choices |= self._choose_trust(posteriors_NKC, labels_N[clips], start)
-            self.source = EpisodeSource(left_out, shrinkage, self.shots, self.episodes, self.head_dropout, self.seed)
+            choices |= self._choose_trust(posteriors_NKC, left_out, shrinkage, tau_K, clips, start)
         else:
             alike_KC = F.head_weights(heard_K[:, None], "margin_clamped").expand(-1, num_classes)
             weights_KC = with_base(alike_KC, len(labels_N))
-            choices |= self._no_trust()
-            self.source = None
+            choices |= {**asdict(Trust()), "calibration": {"temperature": 1.0}}
         self.keep(
             {"alpha": self.alpha, **choices},
             start_logits_KC=entmax_logits(weights_KC, self.alpha),
@@ -202,7 +201,27 @@ class LearnedWeights(MetricSpace):
             **self.in_metric(metric, shrinkage, self.metric_rank, prototypes_CKD),
         )
         self._make_parameters(self.start_logits_KC)
+        self._take_up(left_out if len(clips) else None)
         return self
+
+    def started_as(self, state: dict[str, Tensor], heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
+        """Be where another `start` on this support set was, of which this is the state dict: another process's, which
+        may have chosen otherwise for the last bit of a sum."""
+        self.load_state_dict(state)
+        heads_NKD, choices = directions(heads_NKD), self.choices()
+        metric, _ = self.estimate(heads_NKD, labels_N, num_classes, choices["centre"])
+        chosen = bool((torch.bincount(labels_N) > 1).any())
+        self._take_up(LeaveOneOut(heads_NKD, labels_N, num_classes, metric) if chosen else None)
+        return self
+
+    def _take_up(self, left_out: LeaveOneOut | None) -> None:
+        """Get ready to learn as was chosen, on these clips."""
+        choices = self.choices()
+        self.trust = Trust(**{field.name: choices[field.name] for field in fields(Trust)})
+        self.source, self.averages = None, {}
+        if left_out is not None:
+            shrinkage, drawn = choices["shrinkage"], (self.shots, self.episodes, self.head_dropout, self.seed)
+            self.source = EpisodeSource(left_out, shrinkage, *drawn)
 
     def _default_start(self, centre: float, shrinkage: float | str) -> dict[str, Any]:
         return {"centre": centre, "shrinkage": shrinkage, "tau": self.one_shot.tau, "tau_w": 1.0, **self._given()}
@@ -211,12 +230,14 @@ class LearnedWeights(MetricSpace):
         given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _no_trust(self) -> dict[str, Any]:
-        self.trust = Trust()
-        return {**asdict(self.trust), "calibration": {"temperature": 1.0}}
-
     def _choose_trust(
-        self, posteriors_NKC: Tensor, labels_N: Tensor, start: Callable[[Tensor, Tensor], Tensor]
+        self,
+        posteriors_NKC: Tensor,
+        left_out: LeaveOneOut,
+        shrinkage: float | str,
+        tau_K: Tensor,
+        clips: Tensor,
+        start: Callable[[Tensor, Tensor], Tensor],
     ) -> dict[str, Any]:
         """How far to move from the start, cross-validated for all settings at once."""
         settings = [
@@ -226,9 +247,20 @@ class LearnedWeights(MetricSpace):
             )
             for a, b in self.search.penalties
         ]
+        labels_N = left_out.labels_N[clips]
+        fold_N = stratified_folds(labels_N, FOLDS)
+        posteriors_PNKC = torch.zeros(int(fold_N.max()) + 1, *posteriors_NKC.shape, device=labels_N.device)
+        for fold, learned_NKC in enumerate(posteriors_PNKC):
+            held_N = torch.zeros_like(left_out.labels_N, dtype=torch.bool)
+            held_N[clips[fold_N == fold]] = True
+            rest = clips[fold_N != fold]
+            cosines_NKC = left_out.without(held_N).cosines(shrinkage, rest - held_N.cumsum(0)[rest])
+            learned_NKC[fold_N != fold] = torch.softmax(cosines_NKC / tau_K[:, None], -1)
         tried = cross_validate(
             posteriors_NKC,
+            posteriors_PNKC,
             labels_N,
+            fold_N,
             start,
             list(dict.fromkeys(settings)),
             self.search.steps if self.steps is None else (self.steps,),
@@ -238,7 +270,6 @@ class LearnedWeights(MetricSpace):
         if self.steps is not None:
             tried = [one for one in tried if one.trust.steps == self.steps]
         chosen = choose(tried, self.standard_errors)
-        self.trust = chosen.trust
         _, calibration = calibrate(chosen.scores_NC, chosen.labels_N)
         return {**chosen.as_dict(), "tried": len(tried), "calibration": calibration}
 
@@ -302,7 +333,6 @@ class LearnedWeights(MetricSpace):
             self.register_parameter("log_tau", nn.Parameter(tau.log()))
         if self.class_bias:
             self.register_parameter("bias_C", nn.Parameter(torch.zeros(num_classes, device=device)))
-        self.averages = {}
 
     def weights(self) -> Tensor:
         """Class-conditional weights (K, C): columns sum to 1, with exact zeros for alpha above 1."""
@@ -356,7 +386,7 @@ class LearnedWeights(MetricSpace):
         """Mean negative log-likelihood of the support clips left out, without dropout: for stopping and
         checkpoints."""
         if self.source is None:
-            return torch.zeros(())
+            return self.start_logits_KC.new_zeros(())
         episodes = self.source.draw(0)
         posteriors_QKC = torch.softmax(self._sharpened(episodes.cosines_QKC), -1)
         scores_QC = self._log_scores(torch.einsum("qkc,kc->qc", posteriors_QKC, self.weights())).exp()

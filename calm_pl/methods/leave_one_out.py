@@ -91,14 +91,24 @@ class LeaveOneOut:
         alone_N = self.counts_N[clips] == 1
         if generator is not None and self.metric is not None and bool(alone_N.any()):
             noisy_KND = self.whitened(shrinkage, clips[alone_N])
+            # Drawn for every such clip of the support set, so that a clip has the same noise in whatever company.
+            of_all = (self.counts_N == 1).nonzero()[:, 0]
+            noise_KND = torch.randn(len(noisy_KND), len(of_all), noisy_KND.shape[2], generator=generator)
+            noise_KND = noise_KND.to(noisy_KND)[:, torch.searchsorted(of_all, clips[alone_N])]
             # In whitened space the classes vary by about 1 in every direction; two differ by twice that.
-            noise_KND = torch.randn(noisy_KND.shape, generator=generator).to(noisy_KND)
             noisy_KND = noisy_KND + 2**0.5 * noise_KND
             # The noise in dimensions that no support clip knows lengthens the query, and that is all.
             unknown_K = (self.metric.dimension_K - noise_KND.shape[2]).clamp_min(0)
             lengths_KN1 = (noisy_KND.square().sum(2, keepdim=True) + 2 * unknown_K[:, None, None]).sqrt()
             cosines_NKC[alone_N] = (noisy_KND / lengths_KN1 @ unit(prototypes_KCD).mT).transpose(0, 1)
         return cosines_NKC
+
+    def without(self, held_N: Tensor) -> LeaveOneOut:
+        """The same of the clips that are not held, which know nothing of those that are; every class must keep one."""
+        heads_NKD, labels_N, metric = self.heads_NKD[~held_N], self.labels_N[~held_N], self.metric
+        if metric is not None:
+            metric = HeadMetric.estimate(heads_NKD, labels_N, self.num_classes, metric.centre)
+        return LeaveOneOut(heads_NKD, labels_N, self.num_classes, metric)
 
     def _without_themselves(
         self, clips: Tensor, prototypes_KCD: Tensor, shrinkage: float | str | Tensor | None

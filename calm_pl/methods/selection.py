@@ -1,4 +1,4 @@
-"""Choosing on the support set alone: every candidate is judged by leave-one-out accuracy, ties by likelihood.
+"""Choosing on the support set alone: every candidate is judged by cross-validated accuracy, ties by likelihood.
 
 Shapes: N clips, K heads, D head dimension, C classes, F weightings.
 """
@@ -18,11 +18,14 @@ from calm_pl.functional.heads import class_means
 from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.calibration import MIN_PROBABILITY, accuracy_and_nll
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.logistic import stratified_folds
 
 # Choosing looks at no more than this many posteriors at once, but at two clips of every class; clips beyond it still
 # make prototypes and weights.
 MAX_POSTERIORS = 2**26
-SHRINKAGES = (0.03, 0.1, 0.3, 1.0)
+# The first of equals is taken, as at two clips a class, whose folds leave nothing to tell of a metric.
+SHRINKAGES = (0.3, 0.1, 1.0, 0.03)
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ GRID = Grid()
 
 @dataclass(frozen=True)
 class Judged:
-    """A formula and how it did when every clip was left out: its scores of those clips, and their classes."""
+    """A formula and how it did on clips that were held out: its scores of those clips, and their classes."""
 
     formula: Formula
     accuracy: float
@@ -75,60 +78,66 @@ class Judged:
     labels_N: Tensor
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self.formula), "loo_accuracy": self.accuracy, "loo_nll": self.nll}
+        return {**asdict(self.formula), "cv_accuracy": self.accuracy, "cv_nll": self.nll}
 
 
 def judge_all(
     heads_NKD: Tensor, labels_N: Tensor, num_classes: int, grid: Grid, metric: HeadMetric | None = None
 ) -> list[Judged]:
-    """Every formula of the grid, in its order, with its leave-one-out accuracy and likelihood.
+    """Every formula of the grid, in its order, with its cross-validated accuracy and likelihood.
 
-    A clip is left out of its prototype, of the metric, and with its own evidence of the reliability of its class. Its
-    classmates' evidence comes from prototypes that hold it still, so that accuracy and likelihood are too good, the
-    more so the fewer the clips.
+    A clip is compared with prototypes, in a metric, made without it, and the weights that then judge it are made
+    without its whole fold: prototypes, metric and reliabilities anew. To leave its own evidence out of the weights
+    would not do: its classmates would still tell of the heads by prototypes that hold it.
     """
     clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
-    if not len(clips):
-        return []
-    judged: list[Judged] = []
+    fold_N = torch.full_like(labels_N, -1)
+    fold_N[clips] = stratified_folds(labels_N[clips], FOLDS)
+    # Clips that are not judged make prototypes; reliabilities only where a class has no other clip.
+    speaks_N = (fold_N >= 0) | (torch.bincount(labels_N)[labels_N] == 1)
+    left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
     shrinkages: Sequence[float | str | None] = (None,) if metric is None else grid.shrinkage
-    for shrinkage in shrinkages:
-        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
-        cosines_NKC = left_out.cosines(shrinkage, clips)
-        for tau in grid.tau:
-            posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
-            start = Formula(tau=tau, shrinkage=shrinkage)
-            judged += _judge_weightings(posteriors_NKC, labels_N[clips], grid, start)
-    return judged
+    scores: dict[Formula, list[Tensor]] = {}
+    labels = []
+    for fold in range(int(fold_N.max()) + 1):
+        held_N = fold_N == fold
+        held, rest = held_N.nonzero()[:, 0], left_out.without(held_N)
+        speaking = speaks_N[~held_N].nonzero()[:, 0]
+        labels.append(labels_N[held])
+        for shrinkage in shrinkages:
+            cosines_NKC, held_cosines_NKC = rest.cosines(shrinkage, speaking), left_out.cosines(shrinkage, held)
+            for tau in grid.tau:
+                posteriors_NKC = torch.softmax(cosines_NKC / tau, -1)
+                weighted = _weightings(posteriors_NKC, rest, speaking, grid, Formula(tau=tau, shrinkage=shrinkage))
+                held_posteriors_NKC = torch.softmax(held_cosines_NKC / tau, -1)
+                weights_FKC = torch.stack(list(weighted.values()))
+                scores_FNC = torch.einsum("nkc,fkc->fnc", held_posteriors_NKC, weights_FKC)
+                for formula, scores_NC in zip(weighted, scores_FNC, strict=True):
+                    scores.setdefault(formula, []).append(scores_NC)
+    return [_judge(formula, torch.cat(parts), torch.cat(labels)) for formula, parts in scores.items()]
 
 
-def _judge_weightings(posteriors_NKC: Tensor, labels_N: Tensor, grid: Grid, start: Formula) -> list[Judged]:
+def _judge(formula: Formula, scores_NC: Tensor, labels_N: Tensor) -> Judged:
+    probabilities_NC = scores_NC / scores_NC.sum(1, keepdim=True).clamp_min(MIN_PROBABILITY)
+    return Judged(formula, *accuracy_and_nll(probabilities_NC, labels_N), probabilities_NC, labels_N)
+
+
+def _weightings(
+    posteriors_NKC: Tensor, left_out: LeaveOneOut, clips: Tensor, grid: Grid, start: Formula
+) -> dict[Formula, Tensor]:
+    """The weights (K, C) of every formula with this start, from posteriors of these clips."""
+    labels_N, counts_C = left_out.labels_N[clips], torch.bincount(left_out.labels_N)
     num_heads, num_classes = posteriors_NKC.shape[1:]
-    counts_C = torch.bincount(labels_N, minlength=num_classes)
-    own_KN = posteriors_NKC.gather(2, labels_N[:, None, None].expand(-1, num_heads, 1))[..., 0].T
-    formulas, weights, own_scores = [], [], []
+    weighted = {}
     for scheme in grid.scheme:
         evidence_NK = F.clip_evidence(posteriors_NKC, labels_N, scheme)
         reliability_KC = class_means(evidence_NK, labels_N, num_classes).T
-        count_N = counts_C[labels_N]
-        rest_KN = (reliability_KC[:, labels_N] * count_N - evidence_NK.T) / (count_N - 1).clamp_min(1)
         for alpha, tau_w, fraction in product(grid.alpha, grid.tau_w, grid.top_fraction):
             top_k = None if fraction == 1 else max(1, round(fraction * num_heads))
-            formulas.append(replace(start, scheme=scheme, alpha=alpha, tau_w=tau_w, top_k=top_k))
+            formula = replace(start, scheme=scheme, alpha=alpha, tau_w=tau_w, top_k=top_k)
             shrunk_KC = F.shrink_reliability(reliability_KC, counts_C, alpha)
-            weights.append(F.head_weights(shrunk_KC, scheme, tau_w, top_k))
-            # The column of the clip's own class is made without the clip's own evidence.
-            trust_N = (count_N - 1) / (count_N - 1 + alpha).clamp_min(1e-9)
-            without_KN = rest_KN * trust_N + reliability_KC.mean() * (1 - trust_N)
-            own_scores.append((F.head_weights(without_KN, scheme, tau_w, top_k) * own_KN).sum(0))
-    scores_FNC = torch.einsum("nkc,fkc->fnc", posteriors_NKC, torch.stack(weights))
-    index_N1 = labels_N[:, None]
-    judged = []
-    for formula, scores_NC, own_N in zip(formulas, scores_FNC, own_scores, strict=True):
-        scores_NC = scores_NC.scatter(1, index_N1, own_N[:, None])
-        probabilities_NC = scores_NC / scores_NC.sum(1, keepdim=True).clamp_min(MIN_PROBABILITY)
-        judged.append(Judged(formula, *accuracy_and_nll(probabilities_NC, labels_N), probabilities_NC, labels_N))
-    return judged
+            weighted[formula] = F.head_weights(shrunk_KC, scheme, tau_w, top_k)
+    return weighted
 
 
 def judged_clips(labels_N: Tensor, posteriors_per_clip: int) -> Tensor:

@@ -1,10 +1,9 @@
 """How far to trust learning, decided by cross-validation on the support set.
 
-Every clip's cosines come from prototypes without it; weights are learned on some folds of clips and judged on
-the others. All settings and folds are learned side by side in one tensor, so that the search costs little
-more than one fit.
+Weights are learned on some folds of clips, which know nothing of the clips of another, and judged on that one. All
+settings and folds are learned side by side in one tensor, so that the search costs little more than one fit.
 
-Shapes: N clips, K heads, C classes, F settings x folds.
+Shapes: N clips, K heads, C classes, P folds, F settings x folds.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, temper
-from calm_pl.methods.logistic import stratified_folds
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 
@@ -79,68 +77,68 @@ def choose(tried: Sequence[Tried], standard_errors: float) -> Tried:
 
 def cross_validate(
     posteriors_NKC: Tensor,
+    posteriors_PNKC: Tensor,
     labels_N: Tensor,
+    fold_N: Tensor,
     start: Callable[[Tensor, Tensor], Tensor],
     settings: Sequence[tuple[float, float]],
     steps: Sequence[int],
     alpha: float,
     lrs: Sequence[float],
-    folds: int = 4,
 ) -> list[Tried]:
     """Learn with every setting (to_start, to_shared) and step size, and judge after every number of steps.
 
     Args:
-        posteriors_NKC: leave-one-out head posteriors of the support set.
-        labels_N: its classes.
+        posteriors_NKC: leave-one-out head posteriors of the support set, to judge by.
+        posteriors_PNKC: the same to learn from, for each fold without its clips; of these, any numbers.
+        labels_N: classes of the clips.
+        fold_N: the fold in which a clip is judged.
         start: (posteriors, labels) -> weights (K, C) by formula, made from the training clips of each fold.
         settings: pairs of penalties, the strongest first.
         steps: numbers of optimiser steps after which to judge, ascending.
         alpha: of entmax.
         lrs: step sizes of Adam.
-        folds: how many.
 
     Returns:
         What was tried, from the formula itself (0 steps) to what can have moved the furthest, with calibrated
         likelihoods of the clips held out.
     """
-    fold_N = stratified_folds(labels_N, folds)
-    num_folds = int(fold_N.max()) + 1
-    num_heads = posteriors_NKC.shape[1]
-    training_FN = (fold_N[None] != torch.arange(num_folds, device=fold_N.device)[:, None]).float()
-    training_FN = training_FN.repeat(len(settings), 1)
-    counts_F = training_FN.sum(1)
-    strengths_F2 = torch.tensor(settings, device=fold_N.device).repeat_interleave(num_folds, 0)
-    starts = [start(posteriors_NKC[fold_N != f], labels_N[fold_N != f]) for f in range(num_folds)]
+    num_folds, num_clips, num_heads, num_classes = posteriors_PNKC.shape
+    training_PN = fold_N[None] != torch.arange(num_folds, device=fold_N.device)[:, None]
+    starts = [start(p[t], labels_N[t]) for p, t in zip(posteriors_PNKC, training_PN, strict=True)]
     weights_at_start_FKC = torch.stack(starts).repeat(len(settings), 1, 1)
     start_FKC = entmax_logits(weights_at_start_FKC, alpha)
-    posteriors_CNK = posteriors_NKC.permute(2, 0, 1).contiguous()
+    strengths_F2 = torch.tensor(settings, device=fold_N.device).repeat_interleave(num_folds, 0)
+    share_FN = (training_PN / training_PN.sum(1, keepdim=True)).repeat(len(settings), 1)
+    counts_F = training_PN.sum(1).repeat(len(settings))
 
-    def scores(moves_FKC: Tensor) -> tuple[Tensor, Tensor]:
-        weights_FKC = entmax(start_FKC + step_size(num_heads, alpha) * moves_FKC, alpha, dim=1)
-        return weights_FKC, (posteriors_CNK @ weights_FKC.permute(2, 1, 0)).permute(2, 1, 0)
+    def weights(moves_FKC: Tensor) -> Tensor:
+        return entmax(start_FKC + step_size(num_heads, alpha) * moves_FKC, alpha, dim=1)
 
     def held_out(moves_FKC: Tensor) -> Tensor:
-        _, scores_FNC = scores(moves_FKC)
-        by_fold = scores_FNC.detach().view(len(settings), num_folds, len(labels_N), -1)
-        return by_fold[:, fold_N.clamp_min(0), torch.arange(len(labels_N), device=fold_N.device)]
+        by_fold = weights(moves_FKC.detach()).view(-1, num_folds, num_heads, num_classes)
+        scores_SNC = torch.empty(len(by_fold), num_clips, num_classes, device=fold_N.device)
+        for p in range(num_folds):
+            scores_SNC[:, fold_N == p] = torch.einsum("nkc,skc->snc", posteriors_NKC[fold_N == p], by_fold[:, p])
+        return scores_SNC
 
-    tested_N = fold_N >= 0
-    tried = [_judge(Trust(steps=0), held_out(torch.zeros_like(start_FKC))[0], labels_N, tested_N)]
+    tried = [_judge(Trust(steps=0), held_out(torch.zeros_like(start_FKC))[0], labels_N)]
     for lr in lrs:
         moves_FKC = torch.zeros_like(start_FKC, requires_grad=True)
         optimizer = torch.optim.Adam([moves_FKC], lr=lr)
         for step in range(1, max(steps, default=0) + 1):
             with torch.enable_grad():
-                weights_FKC, scores_FNC = scores(moves_FKC)
-                loss_FN = -mixture_log_likelihood(scores_FNC, labels_N)
-                loss_F = (loss_FN * training_FN).sum(1) / counts_F
+                weights_FKC = weights(moves_FKC)
+                by_fold = weights_FKC.view(-1, num_folds, num_heads, num_classes)
+                scores_FNC = torch.einsum("pnkc,spkc->spnc", posteriors_PNKC, by_fold).flatten(0, 1)
+                loss_F = (-mixture_log_likelihood(scores_FNC, labels_N) * share_FN).sum(1)
                 held_F = penalty(weights_FKC, weights_at_start_FKC, strengths_F2[:, 0], strengths_F2[:, 1]) / counts_F
                 optimizer.zero_grad()
                 (loss_F + held_F).sum().backward()
             optimizer.step()
             if step in steps:
                 for setting, scores_NC in zip(settings, held_out(moves_FKC), strict=True):
-                    tried.append(_judge(Trust(*setting, step, lr), scores_NC, labels_N, tested_N))
+                    tried.append(_judge(Trust(*setting, step, lr), scores_NC, labels_N))
     return sorted(tried, key=lambda one: one.trust.moved)
 
 
@@ -151,8 +149,7 @@ def mixture_log_likelihood(scores_FNC: Tensor, labels_N: Tensor) -> Tensor:
     return own.clamp_min(MIN_PROBABILITY).log() - scores_FNC.sum(-1).clamp_min(MIN_PROBABILITY).log()
 
 
-def _judge(trust: Trust, scores_NC: Tensor, labels_N: Tensor, tested_N: Tensor) -> Tried:
-    scores_NC, labels_N = scores_NC[tested_N], labels_N[tested_N]
+def _judge(trust: Trust, scores_NC: Tensor, labels_N: Tensor) -> Tried:
     temperature, _ = best_temperature(scores_NC, labels_N)
     probabilities_NC = temper(scores_NC, temperature)
     nll_N = nll_loss(probabilities_NC.clamp_min(MIN_PROBABILITY).log(), labels_N, reduction="none")

@@ -87,7 +87,10 @@ class CalmModule(L.LightningModule):
     @property
     def learners(self) -> list[LearnedWeights]:
         """The methods whose weights are optimised."""
-        return [method for method in self.methods.values() if isinstance(method, LearnedWeights)]
+        return [learner for _, learner in self._learners_by_name()]
+
+    def _learners_by_name(self) -> list[tuple[str, LearnedWeights]]:
+        return [(name, method) for name, method in self.methods.items() if isinstance(method, LearnedWeights)]
 
     @property
     def data(self) -> AudioEpisodeDataModule:
@@ -149,12 +152,33 @@ class CalmModule(L.LightningModule):
                 started = time.perf_counter()
                 if isinstance(method, MetricSpace) and unlabelled_NKD is not None:
                     method.unlabelled_NKD = unlabelled_NKD.to(support.heads_BKD.device)
-                fit = method.start if isinstance(method, LearnedWeights) else method.fit
-                fit(support.heads_BKD, support.labels_B, len(self.classes))
+                self._fit(method, support)
                 if isinstance(method, MetricSpace):
                     method.unlabelled_NKD = None  # they are in the metric now, and need not stay
                 self.timing[f"fit_{name}_seconds"] = time.perf_counter() - started
                 task.advance(note=name)
+
+    def _fit(self, method: HeadClassifier, support: LabelledHeads) -> None:
+        """On every rank, so that all refuse alike what makes no sense; then what the first one found counts.
+
+        Sums on a GPU differ from rank to rank by their last bit, which can turn a choice between two that are as good.
+        """
+        clips = support.heads_BKD, support.labels_B, len(self.classes)
+        if isinstance(method, LearnedWeights):
+            method.start(*clips)
+        else:
+            method.fit(*clips)
+        if self.trainer.world_size == 1:
+            return
+        found = {name: tensor.cpu() for name, tensor in method.state_dict().items()}
+        found = self.trainer.strategy.broadcast(found)
+        if self.trainer.is_global_zero:
+            return
+        found = {name: tensor.to(support.heads_BKD.device) for name, tensor in found.items()}
+        if isinstance(method, LearnedWeights):
+            method.started_as(found, *clips)
+        else:
+            method.load_state_dict(found)
 
     def _plan_steps(self) -> None:
         """As many optimiser steps as the support set asked for, unless the Trainer allows fewer."""
@@ -199,9 +223,18 @@ class CalmModule(L.LightningModule):
         self.log("support/loss", loss, sync_dist=True)
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """A learner that has taken the steps it asked for stays where it is, while others go on."""
         for learner in self.learners:
-            learner.after_step()
+            if self.global_step >= learner.num_steps:
+                for parameter in learner.parameters():
+                    parameter.grad = None
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        for learner in self.learners:  # here, so that a checkpoint of this step holds its averages
+            if self.global_step < learner.num_steps:
+                learner.after_step()
 
     def on_train_epoch_end(self) -> None:
         with full_precision(self.device):
@@ -219,6 +252,9 @@ class CalmModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self.finish()
+        said = {f"support/{name}/cv_nll": chosen.get("cv_nll") for name, chosen in self.choices().items()}
+        for logger in self.loggers:  # for searches, which must not look at test clips either
+            logger.log_metrics({name: nll for name, nll in said.items() if nll is not None})
 
     def results(self) -> dict[str, Any]:
         """``results.json``: what was asked, every method's figures, and how long it took."""
@@ -346,10 +382,13 @@ class CalmModule(L.LightningModule):
             "choices": self.choices(),
             "backbone": self.data.backbone.name,
             "config": self.run_config,
+            "averages": {name: dict(one.averages) for name, one in self._learners_by_name()},
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.classes = list(checkpoint[CHECKPOINT_KEY]["classes"])
+        for name, learner in self._learners_by_name():
+            learner.averages = dict(checkpoint[CHECKPOINT_KEY].get("averages", {}).get(name, {}))
         if self._trainer is not None and self.data.streams:
             self.data.expect(self.classes)
         elif self._trainer is not None and self.classes != self.data.classes:
