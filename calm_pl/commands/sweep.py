@@ -82,7 +82,12 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
     """
     import yaml
 
-    sweep = yaml.safe_load(file.read_text())
+    try:
+        sweep = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({error}).") from None
+    if not isinstance(sweep, Mapping) or not isinstance(sweep.get("parameters"), Mapping):
+        raise ValueError(f"{file} is no sweep: it has no parameters (see conf/sweep/shots.yaml for one).")
     command = [str(part) for part in sweep.get("command", ["${program}", "fit", "${args}"])]
     if "fit" not in command or sweep.get("program") != "calm":
         raise ValueError(f"{file} does not run `calm fit`: give it program: calm and a command with fit.")
@@ -106,6 +111,11 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
         point = dict(zip(parameters, values, strict=True))
         arguments = [f"--{name}={value}" for name, value in point.items()]
         points.append(Point(point, (*fixed, *extra, *arguments)))
+    given = {argument.partition("=")[0].removeprefix("--") for argument in extra}
+    if given & parameters.keys():
+        raise ValueError(
+            f"{file} varies {', '.join(sorted(given & parameters.keys()))}: change it in a copy of the file."
+        )
     return points
 
 
@@ -176,9 +186,12 @@ def extract(point: Point, config: Mapping[str, Any], out: Path) -> None:
 
 def default_folder(name: str, config: Mapping[str, Any]) -> Path:
     """The same sweep of the same data with the same model has the same folder."""
-    recipe = config["data"]["recipe"]["class_path"].rpartition(".")[2].lower()
+    from calm_pl.training.cli import dataset_name
+
+    recipe = config["data"]["recipe"]
+    dataset = dataset_name(recipe["class_path"], recipe["init_args"].get("data_dir"))
     backbone = Path(config["data"]["backbone"]["path"]).name
-    return Path("runs") / f"sweep-{name}-{recipe}-{backbone}"
+    return Path("runs") / f"sweep-{name}-{dataset}-{backbone}"
 
 
 def _run(command: str, point: Point, config: Mapping[str, Any], *more: str) -> None:
@@ -216,7 +229,9 @@ def _calm(command: str, point: Point, *more: str) -> None:
 
 
 def _choices(file: Path, name: str, about: Mapping[str, Any]) -> list[Any]:
-    if "values" in about:
+    if not isinstance(about, Mapping):
+        raise ValueError(f"{file}: {name} is {about!r}: give it value: or values:.")
+    if isinstance(about.get("values"), list):
         return list(about["values"])
     if "value" in about:
         return [about["value"]]
@@ -225,7 +240,7 @@ def _choices(file: Path, name: str, about: Mapping[str, Any]) -> list[Any]:
 
 def _draw(file: Path, name: str, about: Mapping[str, Any], rng: random.Random) -> Any:
     """One value of a parameter, by W&B's rules for what its description leaves out."""
-    if "min" not in about or "max" not in about:
+    if not isinstance(about, Mapping) or "min" not in about or "max" not in about:
         return rng.choice(_choices(file, name, about))
     low, high = about["min"], about["max"]
     whole = isinstance(low, int) and isinstance(high, int)

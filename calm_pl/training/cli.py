@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import tempfile
 from importlib import import_module
 from itertools import chain
@@ -23,10 +24,14 @@ from calm_pl.training.logging import LogRun
 from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
 from calm_pl.training.progress import RunProgress
 from calm_pl.training.results import print_table
-from calm_pl.training.run_folder import PREDICTIONS_FILE, RunFolder, SaveRunConfig
+from calm_pl.training.run_folder import CHECKPOINTS, PREDICTIONS_FILE, RunFolder, SaveRunConfig, check_run_folder
 from calm_pl.training.trainer import CalmTrainer
 
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
+# What may be a path in a configuration; a run must be found again from any folder.
+PATHS = ("recipe.init_args.data_dir", "backbone.path", "backbone.adapter", "pseudo_labels", "unlabelled", "store")
+UNFIT = re.compile(r"[^\w.-]+")  # for the name of a folder
+BUILT_IN = ("calm-tiny", "random-qwen2-audio", "none")
 
 
 class CalmCLI(LightningCLI):
@@ -87,15 +92,24 @@ class CalmCLI(LightningCLI):
         if self.subcommand in ("test", "validate", "predict") and config.ckpt_path is None:
             raise ValueError(f"calm {self.subcommand} wants a run that was fitted: name it by --ckpt_path RUN")
         data = config.data
+        for name in PATHS:
+            value = data.get(name)
+            if isinstance(value, str) and value not in BUILT_IN and Path(value).expanduser().exists():
+                data[name] = str(Path(value).expanduser().absolute())
         backbone = data.backbone.path
         if data.backbone.modality != "audio":
             backbone += f"-{data.backbone.modality}"
         run_dir = config.run_dir or default_run_dir(
-            recipe_name(data.recipe.class_path), backbone, data.shots, data.seed
+            dataset_name(data.recipe.class_path, data.recipe.init_args.get("data_dir")),
+            backbone,
+            data.shots,
+            data.seed,
         )
         if not config.run_dir and data.recipe.init_args.get("test_fold") == "all":
             run_dir = f"{run_dir}-all-folds"
         config.run_dir = str(run_dir)
+        if self.subcommand == "fit":
+            check_run_folder(Path(run_dir))
         self.asked = self.config.clone()
         if self.subcommand != "extract":  # whose work goes to the head store
             config.trainer.default_root_dir = str(run_dir)
@@ -173,6 +187,15 @@ def recipe_name(class_path: str) -> str:
     """The name a recipe is filed under, from its class."""
     module, _, name = class_path.rpartition(".")
     return str(getattr(import_module(module), name).name)
+
+
+def dataset_name(class_path: str, data_dir: str | None) -> str:
+    """The name of a recipe; of your own data with that of its folder or manifest, which is a data set each."""
+    name = recipe_name(class_path)
+    if name not in ("folder", "manifest") or not data_dir:
+        return name
+    own = Path(data_dir).expanduser().absolute()
+    return f"{name}-{UNFIT.sub('-', own.name if own.is_dir() else own.stem)}"
 
 
 def checkpoint_arguments(arguments: list[str]) -> list[str]:

@@ -45,7 +45,7 @@ def run_comparison(
     out: Path,
     splits: int = 1,
 ) -> list[Row]:
-    """Fill ``out/rows.csv`` (rows that are there already are kept) and return all of its rows.
+    """Fill ``out/rows.csv`` (rows that are there already are kept) and return its rows of these shots and seeds.
 
     Args:
         trainer: whose device and precision the backbone runs on, where head outputs are missing.
@@ -66,7 +66,7 @@ def run_comparison(
     check_same_question(trainer, data, settings, out, splits=splits)
     heads_NKD, labels_N, usable = stored_heads(trainer, data, clips)
     folds = [_only(fold, usable) for fold in folds]
-    rows = read_rows(out / ROWS_FILE)
+    rows = [row for row in read_rows(out / ROWS_FILE) if row.shots in shots and row.seed in seeds]
     made = compare(
         heads_NKD,
         labels_N,
@@ -78,7 +78,7 @@ def run_comparison(
         _drawer(clips),
         done={row.key for row in rows},
     )
-    total = len(folds) * len(shots) * len(seeds) * len(methods) - len(rows)
+    total = len(folds) * len(shots) * len(seeds) * len(methods) - sum(row.method in methods for row in rows)
     with Task("fitting and testing", max(total, 0), "fits") as task:
         for row in kept(made, out / ROWS_FILE):
             rows.append(row)

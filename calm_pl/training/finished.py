@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in _flat(config) if name not in PLACES}
+    return {name: _whole(value) for name, value in _flat(config) if name not in PLACES}
+
+
+def _whole(value: Any) -> Any:
+    """A path as a run keeps it, wherever it is looked at from."""
+    return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -393,6 +394,13 @@ class CalmModule(L.LightningModule):
             self.data.expect(self.classes)
         elif self._trainer is not None and self.classes != self.data.classes:
             raise ValueError(f"the checkpoint knows the classes {self.classes}, the data has {self.data.classes}.")
+        fitted = (yaml.safe_load(checkpoint[CHECKPOINT_KEY]["config"] or "") or {}).get("data", {})
+        for name in ("shots", "seed") if self._trainer is not None else ():
+            if name in fitted and fitted[name] != (asked := getattr(self.data, name)):
+                raise ValueError(
+                    f"the checkpoint was fitted with --data.{name} {fitted[name]}, and {asked} would not change what "
+                    "it learned: leave it away, or fit anew."
+                )
 
 
 @contextmanager

@@ -14,8 +14,11 @@ from calm_pl.training.module import CalmModule
 from calm_pl.training.results import write_json, write_predictions, write_text
 
 PREDICTIONS_FILE = "predictions.csv"
-# What a fit and its test leave, besides configuration and checkpoints.
-FOUND = ("choices.json", "classifier", "results.json", "heads.json", PREDICTIONS_FILE, "report.html", "plots")
+CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+# What a fit and its test leave, besides the configuration.
+FOUND = (
+    "choices.json", "classifier", "results.json", "heads.json", PREDICTIONS_FILE, "report.html", "plots", CHECKPOINTS,
+)  # fmt: skip
 
 
 class RunFolder(Callback):
@@ -63,9 +66,27 @@ class RunFolder(Callback):
             )
 
 
-def remove_findings(folder: Path) -> None:
-    """Of a run that is fitted anew with other settings: nothing found by the old ones may stand beside the new."""
-    old = [folder / name for name in FOUND if (folder / name).exists()]
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder that is not a run's, but has files of the names that a run writes.
+
+    Raises:
+        ValueError: naming them.
+    """
+    strange = [name for name in FOUND if (folder / name).exists()]
+    if strange and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} has {', '.join(strange)}, but no {CONFIG_FILE} as runs of `calm fit` do: what lies there is "
+            "kept; name another folder by --run_dir."
+        )
+
+
+def remove_findings(folder: Path, but: str | Path | None = None) -> None:
+    """Of a run that is fitted anew with other settings: nothing found by the old ones may stand beside the new.
+
+    Checkpoints stay where the fit goes on from one of them.
+    """
+    resumed = but is not None and Path(but).absolute().is_relative_to(folder.absolute())
+    old = [folder / name for name in FOUND if (folder / name).exists() and not (resumed and name == CHECKPOINTS)]
     if old:
         say(f"{folder}: its settings change, so what was found with the old ones goes")
     for path in old:
@@ -76,7 +97,10 @@ class SaveRunConfig(SaveConfigCallback):
     """Lightning's configuration callback, writing to the run folder itself whatever the logger is called."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or self.already_saved:
+        """Nothing yet: what is wrong with the data or the backbone must not cost what an earlier run found."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.already_saved:
             return
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
@@ -84,6 +108,6 @@ class SaveRunConfig(SaveConfigCallback):
             text = self.parser.dump(self.config, skip_none=False, format="yaml")
             file = folder / self.config_filename
             if file.is_file() and file.read_text() != text:
-                remove_findings(folder)
+                remove_findings(folder, but=trainer.ckpt_path)
             write_text(file, text)
         self.already_saved = True

@@ -1,0 +1,84 @@
+"""A run folder belongs to one question: what may stand in it, what may replace it, and from where it is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from calm_pl.training.cli import dataset_name
+from calm_pl.training.finished import is_finished
+from tests.test_run import calm, options
+
+FORMULA = ("--model", "formula", "--model.zero_shot", "false")
+
+
+@pytest.fixture
+def finished(tones, tiny_lalm, tmp_path, monkeypatch) -> Path:
+    """A run whose data was named by a path from the folder above it."""
+    monkeypatch.chdir(tones.parent)
+    calm("fit", *options(Path(tones.name), tiny_lalm, "--run_dir", tmp_path / "run", *FORMULA))
+    return tmp_path / "run"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--data.backbone.heads", "decodr"), ("--data.backbone.layers", "[99]"), ("--data.shots", "1000")]
+)
+def test_a_fit_that_cannot_begin_leaves_what_an_earlier_one_found(finished, tones, tiny_lalm, wrong):
+    before = files(finished)
+    with pytest.raises(SystemExit):
+        calm("fit", *options(tones, tiny_lalm, "--run_dir", finished, *FORMULA, *wrong))
+    assert files(finished) == before
+
+
+def test_a_fit_with_other_settings_takes_away_the_checkpoint_too(finished, tones, tiny_lalm):
+    (finished / "checkpoints" / "epoch=3.ckpt").touch()
+    calm("fit", *options(tones, tiny_lalm, "--run_dir", finished, *FORMULA, "--data.seed", "1"))
+    assert [file.name for file in (finished / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_files_that_no_run_wrote_are_not_replaced(tones, tiny_lalm, tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(SystemExit, match="has results.json, but no config.yaml"):
+        calm("fit", *options(tones, tiny_lalm, "--run_dir", tmp_path, *FORMULA))
+    assert files(tmp_path) == {"results.json": b"mine"}
+
+
+def test_a_run_is_tested_from_any_folder(finished, tones, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (finished / "results.json").unlink()
+    calm("test", "--ckpt_path", finished)
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["data"]["recipe"]["init_args"]["data_dir"] == str(tones)
+    assert (finished / "results.json").is_file()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--data.shots", "1"), ("--data.seed", "7")])
+def test_a_test_cannot_have_other_shots_than_the_fit(finished, option, value):
+    before = (finished / "results.json").read_bytes()
+    with pytest.raises(SystemExit, match=f"the checkpoint was fitted with {option}"):
+        calm("test", "--ckpt_path", finished, option, value)
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_every_folder_of_sounds_has_a_run_of_its_own(tmp_path):
+    own = "calm_pl.data.recipes.Folder"
+    assert dataset_name(own, str(tmp_path / "my birds")) == "folder-my-birds"
+    assert dataset_name("calm_pl.data.recipes.Manifest", "sets/frogs.jsonl") == "manifest-frogs"
+    assert dataset_name("calm_pl.data.recipes.Synthetic", None) == "synthetic"
+
+
+def test_a_path_is_the_same_from_wherever_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sounds", "others", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run/results.json").write_text(json.dumps({}))
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"data": {"data_dir": str(tmp_path / "sounds")}}))
+    assert is_finished(tmp_path / "run", {"data": {"data_dir": "sounds"}})
+    assert not is_finished(tmp_path / "run", {"data": {"data_dir": "others"}})
