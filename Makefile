@@ -39,13 +39,13 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 train: $(STAMP)  ## few-shot classifier of DATASET with BACKBONE: fit, test, run folder
 	$(BIN)/calm fit --data $(DATASET) --backbone $(BACKBONE) \
 		--data.shots $(SHOTS) --data.seed $(SEED) --trainer.devices $(DEVICES) \
-		$(if $(DATA_DIR),--data.recipe.init_args.data_dir $(abspath $(DATA_DIR))) \
-		$(if $(RUN_DIR),--run_dir $(RUN_DIR)) $(if $(LOGGER),--logger $(LOGGER)) $(ARGS)
+		$(if $(DATA_DIR),--data.recipe.init_args.data_dir "$(DATA_DIR)") \
+		$(if $(RUN_DIR),--run_dir "$(RUN_DIR)") $(if $(LOGGER),--logger $(LOGGER)) $(ARGS)
 
 sweep: $(STAMP)  ## every point of SWEEP (shots, methods, bayes) with DATASET and BACKBONE: table, CSV, plot
 	$(BIN)/calm sweep $(SWEEP) --data $(DATASET) --backbone $(BACKBONE) --trainer.devices $(DEVICES) \
-		$(if $(DATA_DIR),--data.recipe.init_args.data_dir $(abspath $(DATA_DIR))) \
-		$(if $(RUN_DIR),--out $(RUN_DIR)) $(ARGS)
+		$(if $(DATA_DIR),--data.recipe.init_args.data_dir "$(DATA_DIR)") \
+		$(if $(RUN_DIR),--out "$(RUN_DIR)") $(ARGS)
 
 figures: $(STAMP)  ## make the plots of the documentation again, with the built-in model and sounds
 	$(BIN)/calm fit --run_dir build/figures/run
@@ -54,7 +54,7 @@ figures: $(STAMP)  ## make the plots of the documentation again, with the built-
 	cp build/figures/shots/plots/accuracy-over-shots.png docs/images/shots.png
 
 report: $(STAMP)  ## remake the report of RUN_DIR
-	$(BIN)/calm report $(RUN_DIR)
+	$(BIN)/calm report "$(RUN_DIR)"
 
 # Files of tests side by side, a core each: more threads than cores would only wait for one another.
 test: $(STAMP)  ## run the tests

@@ -22,6 +22,7 @@ EXTENSIONS = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf"),
     *(".m4a", ".aac", ".wma", *VIDEO_EXTENSIONS),  # by PyAV; of a video, its sound track
 )
+NOT_UTF8 = "its name is not UTF-8, so no table could name it; rename it (convmv -f latin1 -t utf8 does whole folders)"
 MIN_SECONDS = 0.01
 # What a header may say, in Hz. Slower than any recorder of sounds, a short file would be resampled to hours; faster
 # than any converter (bat detectors and studios end at 768 kHz) is a damaged header.
@@ -122,6 +123,15 @@ def audio_rate(path: str | os.PathLike[str]) -> int:
         return int(file.samplerate)
 
 
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether the name can be written in a manifest or a table."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_file(path: str | os.PathLike[str]) -> Path:
     """A file that is there and not empty.
 
@@ -129,6 +139,8 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         AudioError: it is missing, a folder, or empty.
     """
     file = Path(path)
+    if not is_utf8(path):
+        raise AudioError(os.fsencode(path).decode(errors="backslashreplace"), NOT_UTF8)
     if not file.exists():
         if file.is_symlink():
             raise AudioError(path, f"a link to {os.readlink(file)}, which is not there; fetch that, or leave it out")

@@ -102,6 +102,13 @@ def test_inspecting_needs_no_weights_and_finds_what_loading_finds(tiny_lalm, tmp
     assert "What sound is this?" in shown and type(lalm.model).__name__ in shown
 
 
+def test_inspecting_what_cannot_be_reached_is_no_verdict(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["backbones", "inspect", "nobody/no-such-model"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("cannot tell: ") and "does not work" not in said
+
+
 def test_inspecting_says_why_a_checkpoint_does_not_work(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     assert main(["backbones", "inspect", str(tmp_path)]) == 1

@@ -69,6 +69,19 @@ def test_an_interrupted_comparison_goes_on(compared, capsys):
     assert {tuple(map(str, key)): value for key, value in again.items()} == before
 
 
+def test_fewer_seeds_leave_the_others_out_of_the_table(compared, tmp_path):
+    out, arguments = compared
+    copy = shutil.copytree(out, tmp_path / "copy")
+    rows = (copy / ROWS_FILE).read_text()
+    compare(*arguments, "--out", copy, "--seeds", 1)
+    table = json.loads((copy / "comparison.json").read_text())["accuracy"]["calm"]["2"]
+    of_seed_0 = [
+        row.accuracy for row in read_rows(copy / ROWS_FILE) if (row.method, row.shots, row.seed) == ("calm", 2, 0)
+    ]
+    assert table["mean"] == pytest.approx(sum(of_seed_0) / len(of_seed_0)) and table["half_interval"] is None
+    assert (copy / ROWS_FILE).read_text() == rows
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -150,6 +150,43 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "TESTING"), ("support", "test")])
+def test_folders_of_splits_are_known_by_their_usual_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name / "dog").mkdir(parents=True)
+        (tmp_path / name / "dog" / "a.wav").touch()
+    assert [(clip.label, clip.split) for clip in read_manifest(tmp_path)] in (
+        [("dog", "train"), ("dog", "test")],
+        [("dog", "test"), ("dog", "train")],
+    )
+
+
+def test_splits_beside_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("train/dog", "test/dog", "cat"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.wav").touch()
+    with pytest.raises(ManifestError, match="test, train are splits, and cat would be classes"):
+        read_manifest(tmp_path)
+
+
+def test_a_class_without_audio_is_said(tmp_path: Path) -> None:
+    for name in ("dog", "cat"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dog" / "a.wav").touch()
+    with pytest.warns(UserWarning, match="no class, since no audio is in it: cat"):
+        assert len(read_manifest(tmp_path)) == 1
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    try:
+        (tmp_path / "dog" / os.fsdecode(b"h\xfcndin.wav")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    with pytest.raises(ManifestError, match=r"h\\xfcndin.wav.*its name is not UTF-8"):
+        read_manifest(tmp_path)
+
+
 def test_what_a_folder_leaves_out_is_said(tmp_path: Path) -> None:
     for name in ("dog/1.wav", "dog/2.mid", "loose.wav", "dog/notes.txt"):
         write(tmp_path / name, "")

@@ -17,8 +17,10 @@ from calm_pl.training.metrics import (
     bootstrap_draws,
     bootstrap_intervals,
     calibration_error_draws,
+    figures,
     macro_f1_draws,
 )
+from calm_pl.training.multilabel import multi_label_figures
 
 
 @settings(deadline=None, max_examples=20)
@@ -31,7 +33,7 @@ def test_draws_are_the_figures_of_the_clips_repeated(clips, classes, seed):
     assert drawn_RN.sum(1).tolist() == [clips] * 5
     ece_R = calibration_error_draws(confidence_N, (said_N == true_N).long(), drawn_RN)
     said_NC, true_NC = one_hot(said_N, classes), one_hot(true_N, classes)
-    f1_R = macro_f1_draws(said_NC, true_NC, drawn_RN, absent=torch.nan)
+    f1_R = macro_f1_draws(said_NC, true_NC, drawn_RN)
     for drawn_N, ece, f1 in zip(drawn_RN, ece_R.tolist(), f1_R.tolist(), strict=True):
         rows_N = torch.arange(clips).repeat_interleave(drawn_N.long())
         right_N = (said_N == true_N)[rows_N].long()
@@ -53,6 +55,23 @@ def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_once(monkeyp
     low, high = at_once["mean_interval"]
     half = 1.96 * float(values_N.std()) / 40**0.5
     assert (high - low) / 2 == pytest.approx(half, rel=0.15) and low < float(values_N.mean()) < high
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_interval_of_the_calibration_error_holds_it(seed):
+    """Resampling makes a sum of absolute values larger: of twenty well calibrated clips, far larger."""
+    generator = torch.Generator().manual_seed(seed)
+    confidence_N = 0.5 + torch.rand(20, generator=generator) / 2
+    labels_N = (torch.rand(20, generator=generator) > confidence_N).long()
+    found = figures(torch.stack([confidence_N, 1 - confidence_N], 1), labels_N)
+    low, high = found["ece_interval"]
+    assert 0 <= low <= found["ece"] <= high
+
+
+def test_a_class_that_no_clip_has_or_is_said_to_have_is_no_part_of_the_macro_f1():
+    truth_NC, sure_NC = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]), torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
+    found = multi_label_figures(sure_NC, truth_NC)
+    assert found["macro_f1"] == 1 and found["macro_f1_interval"] == [1, 1]
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.eye(3)[:2]], ids=["one", "several"])

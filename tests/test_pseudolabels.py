@@ -108,6 +108,8 @@ def test_a_folder_needs_class_names(tones, tiny_lalm, tmp_path, capsys):
     arguments = ["pseudolabel", "--clips", tones / "test", "--backbone", tiny_lalm, "--accelerator", "cpu"]
     with pytest.raises(SystemExit, match="name at least two classes"):
         calm(*arguments)
+    with pytest.raises(SystemExit, match=r"end the name in \.jsonl"):
+        calm(*arguments, "--classes", "hum, whistle", "--out", "labels.csv")
     out = tmp_path / "out.jsonl"
     calm(*arguments, "--classes", "hum, whistle", "--asking.keep", "2", "--data.num_workers", "0", "--out", out)
     assert {clip.label for clip in read_manifest(out)} <= {"hum", "whistle"}

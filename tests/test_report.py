@@ -172,6 +172,12 @@ def test_a_part_of_a_file_is_heard_from_its_start_to_its_end(tmp_path):
     assert np.abs(np.fft.rfft(wave)).argmax() * 2 == pytest.approx(3000, abs=10)
 
 
+def test_class_names_with_dollars_are_names(tmp_path):
+    costly = "costs $5_{ or $6"
+    folder = write_run(tmp_path, results(calm=0.5), [("a.wav", costly, "rain", 0.5), ("b.wav", "rain", costly, 0.5)])
+    assert costly in write_report(folder).read_text()
+
+
 def test_a_run_without_labels_or_weights_has_a_page(tmp_path):
     folder = write_run(tmp_path, results(), [("a.wav", "", "rain", 0.5)])
     page = write_report(folder).read_text()

@@ -114,6 +114,15 @@ def test_prune_by_key_asks_first(
     assert left(stores) == kept
 
 
+def test_prune_without_anybody_to_ask_deletes_nothing(
+    tmp_path: Path, stores: dict[str, HeadStore], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    before = left(stores)
+    assert run(tmp_path, "prune", "--key", stores["stale"].folder.name[:12]) == 1
+    assert "--yes deletes without asking" in capsys.readouterr().err and left(stores) == before
+
+
 def test_prune_leaves_foreign_folders_alone(tmp_path: Path, stores: dict[str, HeadStore]) -> None:
     foreign = tmp_path / "photos"
     foreign.mkdir()

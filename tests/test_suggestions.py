@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 from itertools import combinations
 from pathlib import Path
 
@@ -64,10 +65,11 @@ def classifier(tones, tiny_lalm, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_filled_manifest_can_be_learned_from(classifier, tones, tmp_path, capsys):
-    out = tmp_path / "to-label.csv"
+def test_a_filled_manifest_can_be_learned_from(classifier, tones, tiny_lalm, tmp_path, capsys):
+    out = tmp_path / "to label" / "list.csv"
     calm("suggest", tones / "test", "--run", classifier, "--count", 6, "--by", "entropy", "--out", out)
-    assert "6 of 9 clips to label" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 of 9 clips to label" in said
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 6 and all(row["label"] == "" and row["prediction"] in ("low", "high") for row in rows)
     with out.open("w", newline="") as file:
@@ -78,6 +80,10 @@ def test_a_filled_manifest_can_be_learned_from(classifier, tones, tmp_path, caps
     clips = read_manifest(out)
     assert all(os.path.isfile(clip.audio) and clip.label in ("low", "middle", "high") for clip in clips)
     filled = out.read_text()
+    told = shlex.split(said.splitlines()[-1])
+    assert told[0] == "calm" and told[told.index("--data.shots") + 1] == "null"
+    backbone = ("--backbone", tiny_lalm, "--data.num_workers", 0, "--trainer.accelerator", "cpu")
+    calm(*told[1:], *backbone, "--run_dir", tmp_path / "run", "--model", "formula", "--model.zero_shot", "false")
     with pytest.raises(SystemExit, match="holds labels: name another file with --out"):
         calm("suggest", tones / "test", "--run", classifier, "--out", out)
     assert out.read_text() == filled
@@ -91,7 +97,11 @@ def test_what_is_labelled_is_not_suggested(tones, tiny_lalm, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--by", "margin"], "give one, or take coverage"), (["--labelled", "."], "every clip is labelled already")],
+    [
+        (["--by", "margin"], "give one, or take coverage"),
+        (["--labelled", "."], "every clip is labelled already"),
+        (["--count", "0"], "--count 0: at least 1 clip"),
+    ],
 )
 def test_what_cannot_be_suggested_is_told(tones, tiny_lalm, monkeypatch, more, message):
     monkeypatch.chdir(tones)

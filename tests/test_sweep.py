@@ -89,6 +89,32 @@ def test_what_cannot_be_run_here_is_told(tmp_path, changes, message):
         cli.main(["sweep", str(sweep_file(tmp_path, **changes))])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "is no sweep: it has no parameters"),
+        ("program: calm", "is no sweep: it has no parameters"),
+        ("a: [", "not YAML"),
+        ("program: calm\nmethod: grid\nparameters: {data.shots: 5}", "data.shots is 5: give it value: or values:"),
+        ("program: calm\nmethod: random\nparameters: {data.shots: 5}", "data.shots is 5: give it value: or values:"),
+    ],
+)
+def test_files_that_are_no_sweep_are_told(tmp_path, text, message):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["sweep", str(tmp_path / "sweep.yaml")])
+
+
+def test_what_the_file_varies_cannot_be_given_too(capsys):
+    points = read_points(find_config("sweep", "shots"), ["--data.shots", "500"])
+    assert "shots.yaml varies data.shots: what is given for it does not count" in capsys.readouterr().err
+    assert all(
+        point.arguments[-2:]
+        == (f"--data.shots={point.parameters['data.shots']}", f"--data.seed={point.parameters['data.seed']}")
+        for point in points
+    )
+
+
 def test_a_search_without_a_server_is_drawn_at_random(capsys):
     file = find_config("sweep", "bayes")
     points = read_points(file)
@@ -112,8 +138,11 @@ def test_unknown_sweeps_are_told():
 
 def test_names_and_folders_are_plain():
     assert Point({"a.b": "x/y z", "c": 1.5}, ()).name == "b=x-y-z,c=1.5"
-    config = {"data": {"recipe": {"class_path": "a.Esc50"}, "backbone": {"path": "Qwen/Qwen2-Audio-7B"}}}
+    recipe = {"class_path": "calm_pl.data.recipes.Esc50"}
+    config = {"data": {"recipe": recipe, "backbone": {"path": "Qwen/Qwen2-Audio-7B"}}}
     assert default_folder("shots", config) == Path("runs/sweep-shots-esc50-Qwen2-Audio-7B")
+    recipe |= {"class_path": "calm_pl.data.recipes.Folder", "init_args": {"data_dir": "/my/birds"}}
+    assert default_folder("shots", config) == Path("runs/sweep-shots-folder-birds-Qwen2-Audio-7B")
 
 
 COUNT_LOADS = """
@@ -256,7 +285,7 @@ def test_two_wandb_agents_on_one_store_find_what_one_process_finds(sweep, tmp_pa
     home = {"HOME": str(tmp_path), "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "local"}
     both(*commands, cwd=tmp_path, CALM_STORE=str(tmp_path / "heads"), **home)
     for shots in (1, 2):
-        run = tmp_path / "runs" / f"folder-tiny-random-{shots}shot-seed0"
+        (run,) = (tmp_path / "runs").glob(f"folder-*-tiny-random-{shots}shot-seed0")
         for method, found in figures(run).items():  # of heads that went through the backbone in other batches
             expected = figures(alone / f"shots={shots},seed=0")[method]
             assert found["accuracy"] == expected["accuracy"], method

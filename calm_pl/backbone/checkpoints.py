@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_pl.backbone.errors import BackboneError
+from calm_pl.backbone.errors import BackboneError, HubUnreachable
 
 # Everything a transformers checkpoint can need, and no pickle: weights come as safetensors only. Python code of a
 # checkpoint's own can so be read, and is run only with trust_remote_code.
@@ -82,7 +82,7 @@ def _from_hub(hub_id: str, revision: str | None, patterns: Sequence[str] = CHECK
             f"https://huggingface.co/{hub_id} does not exist, or is private: check the name, or run `hf auth login`."
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
-        raise BackboneError(
+        raise HubUnreachable(
             f"{hub_id} is not in the local cache and https://huggingface.co/{hub_id} cannot be reached. On a machine "
             f"with a network run `hf download {hub_id} --local-dir DIR`, copy DIR here, and give its path as the "
             f"backbone. ({error})"

@@ -3,3 +3,7 @@
 
 class BackboneError(RuntimeError):
     """A checkpoint that cannot be found, loaded or run; the message names it and the way out."""
+
+
+class HubUnreachable(BackboneError):
+    """A checkpoint that may be sound, but is neither in the cache nor to be had without a network."""

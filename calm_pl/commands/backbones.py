@@ -76,7 +76,7 @@ def _gigabytes(size: float) -> str:
 
 
 def _inspect(path: str, revision: str | None, trust_remote_code: bool) -> int:
-    from calm_pl.backbone.errors import BackboneError
+    from calm_pl.backbone.errors import BackboneError, HubUnreachable
     from calm_pl.backbone.inspection import inspect_checkpoint
     from calm_pl.backbone.named import named_backbone
 
@@ -86,7 +86,8 @@ def _inspect(path: str, revision: str | None, trust_remote_code: bool) -> int:
             backbone.path, revision or backbone.revision, trust_remote_code or backbone.trust_remote_code
         )
     except BackboneError as error:
-        print(f"does not work: {error}", file=sys.stderr)
+        verdict = "cannot tell" if isinstance(error, HubUnreachable) else "does not work"
+        print(f"{verdict}: {error}", file=sys.stderr)
         return 1
     longest = "any length" if found.max_seconds is None else f"{found.max_seconds:g} s"
     rows = {

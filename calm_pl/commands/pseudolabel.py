@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.data import write_manifest
     from calm_pl.data.datamodule import AudioEpisodeDataModule
+    from calm_pl.data.manifest import check_writable
     from calm_pl.headstore import HeadStoreError
     from calm_pl.training.pseudolabels import Asking, pseudolabel
     from calm_pl.training.trainer import CalmTrainer
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> int:
         logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     try:
+        check_writable(options.out)  # before hours of asking
         clips, classes = _wanted(options.clips, options.classes, built.data)
         listed = "\n" + "\n".join(classes) if options.list_classes else ""
         if options.question or listed:

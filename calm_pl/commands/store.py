@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
             "tidy all stores (merge small files, delete corrupt ones); with options, delete stores",
         ),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, aliases=["list"] if name == "ls" else [])
         command.add_argument("--root", help="folder of all stores (default: CALM_STORE, else the user's cache)")
         command.set_defaults(run=run)
     command.add_argument("--older-than", type=float, metavar="DAYS", help="delete stores not used for so long")
@@ -115,7 +116,11 @@ def _prune(arguments: argparse.Namespace) -> int:
             doomed.append(info)
     if doomed:
         _show(doomed)
-        if not arguments.yes and not Confirm.ask(f"Delete {len(doomed)} stores?", default=False):
+        try:
+            if not arguments.yes and not Confirm.ask(f"Delete {len(doomed)} stores?", default=False):
+                return 1
+        except EOFError:
+            print("\ncalm: nobody answers here; --yes deletes without asking", file=sys.stderr)
             return 1
     problems = []
     for info in stores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> int:
     from calm_pl.training.suggestions import Suggester
 
     hush()
+    if options.count < 1:
+        sys.exit(f"calm: error: --count {options.count}: at least 1 clip.")
     out = options.out.absolute()
     if _has_labels(out):
         sys.exit(f"calm: error: {out} holds labels: name another file with --out (and give this one to --labelled)")
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> int:
             writer.writerow([os.path.relpath(clip.audio, out.parent), *times, "", guess])
     scratch.replace(out)
     print(f"{len(found)} of {len(suggester.clips)} clips to label: fill the column label, then")
-    print(f"calm fit --data manifest --data.recipe.init_args.data_dir {out}")
+    print(f"calm fit --data manifest --data.recipe.init_args.data_dir {shlex.quote(str(out))} --data.shots null")
     return 0
 
 

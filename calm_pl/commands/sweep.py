@@ -113,9 +113,7 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
         points.append(Point(point, (*fixed, *extra, *arguments)))
     given = {argument.partition("=")[0].removeprefix("--") for argument in extra}
     if given & parameters.keys():
-        raise ValueError(
-            f"{file} varies {', '.join(sorted(given & parameters.keys()))}: change it in a copy of the file."
-        )
+        say(f"{file.name} varies {', '.join(sorted(given & parameters.keys()))}: what is given for it does not count")
     return points
 
 
@@ -189,7 +187,7 @@ def default_folder(name: str, config: Mapping[str, Any]) -> Path:
     from calm_pl.training.cli import dataset_name
 
     recipe = config["data"]["recipe"]
-    dataset = dataset_name(recipe["class_path"], recipe["init_args"].get("data_dir"))
+    dataset = dataset_name(recipe["class_path"], recipe.get("init_args", {}).get("data_dir"))
     backbone = Path(config["data"]["backbone"]["path"]).name
     return Path("runs") / f"sweep-{name}-{dataset}-{backbone}"
 

@@ -156,6 +156,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             self.clips += clips
         self.classes = sorted({label for clip in support for label in clip.labels})
         class_index = {label: index for index, label in enumerate(self.classes)}
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"{self.recipe.name}: all training clips are of one class ({', '.join(self.classes)}), and there is "
+                "nothing to tell apart: add clips of another class, if only of what it is not."
+            )
         unknown = sorted({label for clip in self.clips for label in clip.labels} - class_index.keys())
         if unknown:
             raise ValueError(

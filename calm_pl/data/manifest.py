@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from calm_pl.audio import EXTENSIONS
+from calm_pl.audio import EXTENSIONS, NOT_UTF8, is_utf8
 from calm_pl.clip import Clip
 
 SPLITS = ("train", "val", "test")
@@ -26,6 +26,12 @@ class ManifestError(ValueError):
 # The published code's JSON calls these otherwise.
 _ALIASES = {"wav": "audio", "mapped_label": "label"}
 _SPLIT_ALIASES = {"support": "train"}
+# What folders of splits are called, in whatever case.
+_SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training", "support"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 # Told to people alone: "answer" repeats the label, "prediction" is what a model guesses of a clip to be labelled.
 _HINTS = ("answer", "prediction")
 _FIELDS = tuple(field.name for field in fields(Clip))
@@ -37,8 +43,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
     A JSON file is a list of clips, or an object of such lists by split ("support" is read as "train"). In a CSV
     file, a JSON list as `label` or `options` is a list, any other text is a text, and spaces around a cell do not
     count (of a path in quotes they do where a file is so called). A label that a clip has twice is one. Folders named
-    train, val and test may stand above the class folders; a link to a file that is gone is a clip that cannot be
-    heard. The JSON of the published CALM code (`wav`, `mapped_label`) is read as it is.
+    train, val and test (or Training, dev and the like) may stand above the class folders; a link to a file that is
+    gone is a clip that cannot be heard. The JSON of the published CALM code (`wav`, `mapped_label`) is read as it is.
 
     Returns:
         The clips in the order of the file (of a folder: sorted by path), `audio` and `video` made absolute.
@@ -73,14 +79,24 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
 
 def write_manifest(clips: Iterable[Clip], path: str | os.PathLike[str]) -> None:
     """Write clips as JSON Lines; paths below its folder become relative, so that the folder can be moved."""
-    target = Path(path).absolute()
-    if target.suffix.lower() != ".jsonl":
-        raise ManifestError(f"{target}: manifests are written as JSON Lines; end the name in .jsonl")
+    target = check_writable(path)
     lines = [json.dumps(_row(clip, target.parent), ensure_ascii=False) + "\n" for clip in clips]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(target)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Where `write_manifest` would write.
+
+    Raises:
+        ManifestError: the name does not end in .jsonl.
+    """
+    target = Path(path).absolute()
+    if target.suffix.lower() != ".jsonl":
+        raise ManifestError(f"{target}: manifests are written as JSON Lines; end the name in .jsonl")
+    return target
 
 
 def _row(clip: Clip, folder: Path) -> dict[str, Any]:
@@ -259,19 +275,35 @@ def _number(value: Any) -> float:
 
 def _read_folder(root: Path) -> list[Clip]:
     folders = _subfolders(root)
-    splits = folders if folders and {folder.name for folder in folders} <= set(SPLITS) else []
+    splits = {folder: split for folder in folders if (split := _SPLIT_FOLDERS.get(folder.name.lower()))}
+    if len(splits) < len(folders):
+        if {"train", "test"} <= set(splits.values()):
+            others = ", ".join(folder.name for folder in folders if folder not in splits)
+            raise ManifestError(
+                f"{root}: {', '.join(folder.name for folder in splits)} are splits, and {others} would be classes: "
+                "move the ones or the others elsewhere, or name the clips in a manifest"
+            )
+        splits = {}
     classes: list[tuple[Path, str | None]] = [(folder, None) for folder in folders if not splits]
-    classes += [(folder, split.name) for split in splits for folder in _subfolders(split)]
+    classes += [(folder, split) for above, split in splits.items() for folder in _subfolders(above)]
     clips: list[Clip] = []
+    silent = []
     ignored = Counter(file.suffix for file in root.iterdir() if _is_visible_file(file, root))
     for folder, split in classes:
+        before = len(clips)
         for file in sorted(path for path in folder.rglob("*") if _is_visible_file(path, root)):
             if file.suffix.lower() in EXTENSIONS:
+                if not is_utf8(file):
+                    raise ManifestError(f"{os.fsencode(file)!r}: {NOT_UTF8}")
                 clips.append(Clip(str(file), label=folder.name, split=split))
             else:
                 ignored[file.suffix] += 1
+        if len(clips) == before:
+            silent.append(str(folder.relative_to(root)))
     if not clips:
         raise ManifestError(f"{root}: no audio; expected one sub-folder a class, such as {root}/dog/1.wav")
+    if silent:
+        warnings.warn(f"{root}: no class, since no audio is in it: {', '.join(silent)}", stacklevel=3)
     if ignored:
         kinds = ", ".join(f"{count} {suffix or 'unnamed'}" for suffix, count in sorted(ignored.items()))
         warnings.warn(f"{root}: ignored files that are no audio or in no class folder: {kinds}", stacklevel=3)

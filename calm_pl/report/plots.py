@@ -30,6 +30,7 @@ WIDTH = 4.6  # inches: about a phone's width at the size that text is set in
 MAPS_SHOWN = 24
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # class names may hold dollars
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.spines.top": False,

@@ -103,6 +103,8 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
     nll_N = -true_N.clamp_min(SMALLEST_PROBABILITY).log()
     brier_N = probabilities_NC.square().sum(1) - 2 * true_N + 1
     # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
+    # Top-label calibration is calibration of the binary question "is this prediction right?".
+    ece = float(binary_calibration_error(confidence_N, correct_N, n_bins=CALIBRATION_BINS))
     f1_C = multiclass_f1_score(prediction_N, labels_N, C + 1, average="none")[:C]
     known_C = torch.cat([prediction_N, labels_N]).bincount(minlength=C + 1) > 0
     said_NC, label_NC = one_hot(prediction_N, C + 1)[:, :C], one_hot(labels_N, C)
@@ -111,22 +113,24 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
         "macro_f1": float(f1_C[known_C[:C]].mean()),
         "nll": float(nll_N.mean()),
         "brier": float(brier_N.mean()),
-        # Top-label calibration is calibration of the binary question "is this prediction right?".
-        "ece": float(binary_calibration_error(confidence_N, correct_N, n_bins=CALIBRATION_BINS)),
+        "ece": ece,
         "accuracy_interval": wilson_interval(int(correct_N.sum()), N),
         **bootstrap_intervals(
             N,
             {
-                "macro_f1": lambda drawn_RN: macro_f1_draws(said_NC, label_NC, drawn_RN, absent=torch.nan),
+                "macro_f1": lambda drawn_RN: macro_f1_draws(said_NC, label_NC, drawn_RN),
                 "nll": lambda drawn_RN: drawn_RN @ nll_N / N,
                 "brier": lambda drawn_RN: drawn_RN @ brier_N / N,
                 "ece": lambda drawn_RN: calibration_error_draws(confidence_N, correct_N, drawn_RN),
             },
+            means={"ece": ece},
         ),
     }
 
 
-def bootstrap_intervals(clips: int, figures: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, list[float]]:
+def bootstrap_intervals(
+    clips: int, figures: Mapping[str, Callable[[Tensor], Tensor]], means: Mapping[str, float] | None = None
+) -> dict[str, list[float]]:
     """The middle 95 % of figures over resamples of the clips, as ``NAME_interval``.
 
     Values that are NaN, where a resample has no such figure, do not count.
@@ -134,15 +138,20 @@ def bootstrap_intervals(clips: int, figures: Mapping[str, Callable[[Tensor], Ten
     Args:
         clips: N.
         figures: by name, from how often each clip comes in each resample (R, N) to a value a resample (R,).
+        means: for figures that resampling makes larger, as it does sums of absolute values, what they are of the clips
+            themselves: the resamples are moved to have that mean, but not below 0.
     """
     values: dict[str, list[Tensor]] = {name: [] for name in figures}
     for drawn_RN in bootstrap_draws(clips):
         for name, figure in figures.items():
             values[name].append(figure(drawn_RN))
-    return {
-        f"{name}_interval": [float(torch.cat(parts).nanquantile(q)) for q in (0.025, 0.975)]
-        for name, parts in values.items()
-    }
+    intervals = {}
+    for name, parts in values.items():
+        values_R = torch.cat(parts)
+        if means and name in means:
+            values_R = (values_R - values_R.nanmean() + means[name]).clamp_min(0)
+        intervals[f"{name}_interval"] = [float(values_R.nanquantile(q)) for q in (0.025, 0.975)]
+    return intervals
 
 
 def bootstrap_draws(clips: int) -> Iterator[Tensor]:
@@ -156,15 +165,14 @@ def bootstrap_draws(clips: int) -> Iterator[Tensor]:
         yield torch.stack([torch.bincount(clips_N, minlength=clips).float() for clips_N in resamples])
 
 
-def macro_f1_draws(said_NC: Tensor, true_NC: Tensor, drawn_RN: Tensor, absent: float = 0.0) -> Tensor:
+def macro_f1_draws(said_NC: Tensor, true_NC: Tensor, drawn_RN: Tensor) -> Tensor:
     """Macro-F1 of each resample (R,), from what is said and what is true, as 0 or 1.
 
-    Args:
-        absent: the F1 of a class that a resample neither holds nor says; with NaN it does not count.
+    A class that a resample neither holds nor says does not count.
     """
     hit_RC = drawn_RN @ (said_NC * true_NC).float()
     either_RC = drawn_RN @ (said_NC + true_NC).float()
-    return torch.where(either_RC > 0, 2 * hit_RC / either_RC, absent).nanmean(1)
+    return torch.where(either_RC > 0, 2 * hit_RC / either_RC, torch.nan).nanmean(1)
 
 
 def calibration_error_draws(confidence_N: Tensor, correct_N: Tensor, drawn_RN: Tensor) -> Tensor:

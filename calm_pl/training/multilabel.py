@@ -40,9 +40,10 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
 
     As in the paper, a clip with n true labels is said to have its n most probable classes: `exact_match` is the share
     of clips where these are the true ones, `sample_f1` the mean over clips of the F1 between both, `macro_f1` the mean
-    over classes. `map` is the mean over classes (those with clips) of the average precision. `accuracy` asks whether
-    the most probable class is a true one, `nll` is of the true classes' joint probability, and `brier` compares with
-    equal shares for the true classes. Every figure comes with its 95 % interval over clips.
+    over classes (those that a clip has or is said to have). `map` is the mean over classes (those with clips) of the
+    average precision. `accuracy` asks whether the most probable class is a true one, `nll` is of the true classes'
+    joint probability, and `brier` compares with equal shares for the true classes. Every figure comes with its 95 %
+    interval over clips.
 
     Args:
         probabilities_NC: rows summing to 1; a row of zeros is a clip without an answer.
@@ -68,7 +69,8 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
     }
     results: dict[str, Any] = {name: float(values_N.mean()) for name, values_N in per_clip.items()}
     results["exact_match"] = float(multilabel_exact_match(top_NC, labels_NC, C))
-    results["macro_f1"] = float(multilabel_f1_score(top_NC, labels_NC, C, average="macro"))
+    f1_C = multilabel_f1_score(top_NC, labels_NC, C, average="none")
+    results["macro_f1"] = float(f1_C[(top_NC + labels_NC).any(0)].mean())
     seen = labels_NC.any(0)
     precision_C = multilabel_average_precision(probabilities_NC, labels_NC, C, average="none")
     results["map"] = float(precision_C[seen].mean())
@@ -88,6 +90,7 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
             "map": lambda drawn_RN: mean_average_precision_draws(probabilities_NC, labels_NC, drawn_RN),
             "ece": lambda drawn_RN: calibration_error_draws(confidence_N, hit_N, drawn_RN),
         },
+        means={"ece": results["ece"]},
     )
 
 

@@ -78,12 +78,13 @@ def results_table(results: Mapping[str, Any], part: str = "test") -> Table:
     over = f"{len(results['folds'])} folds" if "folds" in results else f"the {part} clips"
     table = Table(caption=f"\\[low, high]: 95 % interval over {over}")
     columns = columns_of(results)
+    methods = {name: figures for name, figures in results["methods"].items() if figures}  # none without any clip
     table.add_column("method", no_wrap=True)
     for title in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
     leading = next(iter(columns))
-    best = max((figures[leading] for figures in results["methods"].values() if figures), default=0.0)
-    for name, figures in results["methods"].items():
+    best = max((figures[leading] for figures in methods.values()), default=0.0)
+    for name, figures in methods.items():
         style = "bold" if figures[leading] == best else ""
         cells = (_cell(figures, column, number < WITH_INTERVAL) for number, column in enumerate(columns))
         table.add_row(name, *cells, style=style)
