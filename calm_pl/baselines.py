@@ -32,7 +32,7 @@ class SAV(HeadClassifier):
         self.num_heads = num_heads
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         correct_K = F.sav_head_accuracy(heads_NKD, labels_N, num_classes)
         best = correct_K.argsort(descending=True, stable=True)[: self.num_heads]
         self.keep(
@@ -68,7 +68,7 @@ class GRW(HeadClassifier):
         self.tau, self.tau_w, self.top_k = tau, tau_w, top_k
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
         reliability_K = torch.zeros(heads_NKD.shape[1], device=heads_NKD.device)
         for chunk in chunks(len(heads_NKD), default_chunk_size(heads_NKD.shape[1], num_classes)):
@@ -79,7 +79,6 @@ class GRW(HeadClassifier):
             {"tau": self.tau, "tau_w": self.tau_w, "top_k": self.top_k},
             prototypes_CKD=prototypes_CKD,
             weights_K=F.global_weights(reliability_K, self.tau_w, self.top_k),
-            tau_fitted=torch.tensor(self.tau),
         )
         return self
 
@@ -108,7 +107,7 @@ class LinearProbe(HeadClassifier):
         self.c = c
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         mean_KD = heads_NKD.float().mean(0)
         features_NF = self._features(heads_NKD, mean_KD)
         gram_NN = features_NF @ features_NF.T
@@ -149,7 +148,7 @@ class NearestPrototype(HeadClassifier):
         self.num_heads, self.tau = num_heads, tau
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         prototypes_CKD = F.class_prototypes(heads_NKD[:, -self.num_heads :], labels_N, num_classes)
         self.keep({"num_heads": prototypes_CKD.shape[1], "tau": self.tau}, prototypes_CKD=prototypes_CKD)
         return self
@@ -174,7 +173,7 @@ class MeanOfHeads(HeadClassifier):
         self.tau = tau
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         self.keep({"tau": self.tau}, prototypes_CKD=F.class_prototypes(heads_NKD, labels_N, num_classes))
         return self
 
@@ -203,7 +202,7 @@ class KNearest(HeadClassifier):
         self.k, self.tau = k, tau
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         centre_KD = class_means(heads_NKD, torch.zeros_like(labels_N), 1)[0]
         self.keep(
             {"k": min(self.k, len(heads_NKD)), "tau": self.tau},

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -94,9 +95,30 @@ def _run(argv: list[str]) -> int:
     module, _ = COMMANDS[argv[0]]
     # Lightning's commands share one module, which wants to know which of them it is.
     arguments = argv if module == "calm_pl.commands.lightning" else argv[1:]
-    exit_code: int = import_module(module).main(arguments)
+    with _plain_warnings():
+        exit_code: int = import_module(module).main(arguments)
     sys.stdout.flush()
     return exit_code
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within the block, what this package warns of is told without the line of code that it comes from."""
+    before = warnings.formatwarning
+    package = os.path.dirname(__file__) + os.sep
+
+    def told(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning and filename.startswith(package):
+            return f"calm: warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager

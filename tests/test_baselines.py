@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from calm_pl.baselines import GRW, SAV, KNearest, LinearProbe, MeanOfHeads, NearestPrototype
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.learned import LearnedWeights
-from calm_pl.methods.logistic import logistic, stratified_folds
+from calm_pl.methods.logistic import FOLDS, PENALTIES, logistic, stratified_folds
 
 METHODS = {
     "sav": lambda: SAV(num_heads=3),
@@ -92,11 +92,24 @@ def test_logistic_regression_reaches_the_optimum():
     assert bias.grad.abs().max() < 1e-4
 
 
+def logistic_choice(heads, labels, c):
+    """(accuracy, minus NLL, c) of clips held out, the long way: on all features instead of principal axes."""
+    features_NF = LinearProbe._features(heads, heads.mean(0))
+    fold_N = stratified_folds(labels, FOLDS)
+    logits_NC = torch.zeros(len(labels), 4)
+    for fold in range(FOLDS):
+        held = fold_N == fold
+        weights_FC, bias_C = logistic(features_NF[~held], labels[~held], 4, c)
+        logits_NC[held] = features_NF[held] @ weights_FC + bias_C
+    accuracy = float((logits_NC.argmax(1) == labels).float().mean())
+    return accuracy, -float(torch.nn.functional.cross_entropy(logits_NC, labels)), c
+
+
 def test_linear_probe_chooses_its_penalty_by_cross_validation():
-    heads, labels = make_set(5)
+    heads, labels = make_set(5, noise=2.0)
     choices = LinearProbe().fit(heads, labels, 4).choices()
-    assert choices["c"] > 0
-    assert 0 <= choices["accuracy"] <= 1
+    each = [logistic_choice(heads, labels, c) for c in PENALTIES]
+    assert choices["accuracy"] == max(each)[0] and choices["c"] == max(each)[2]
     assert LinearProbe(c=3.0).fit(heads, labels, 4).choices()["c"] == 3.0
 
 

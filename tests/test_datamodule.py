@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -36,6 +37,35 @@ def test_support_and_test_share_nothing(filled):
     test = [filled.clips[i].audio for i in filled.usable("test")]
     assert len(support) == 6 and len(test) == 9 and not set(support) & set(test)
     assert all("/train/" in file for file in support) and all("/test/" in file for file in test)
+
+
+def test_copies_of_support_clips_are_told(tones, tiny_lalm, tmp_path):
+    copied = Path(shutil.copytree(tones, tmp_path / "data"))
+    shutil.copy(copied / "train/low/0.wav", copied / "test/low/again.wav")
+    shutil.copy(copied / "train/low/0.wav", copied / "train/low/twice.wav")
+    data = AudioEpisodeDataModule(Folder(str(copied)), Backbone(tiny_lalm), shots=None, num_workers=0)
+    data.prepare_data()
+    data.setup()
+    with pytest.warns(UserWarning, match="copies, byte for byte, of support clips") as told:
+        data.open_store("float32")
+    said = str(told[0].message)
+    assert "again.wav (test) is " in said and "twice.wav" in said and said.count(" is ") == 2
+
+
+def test_validation_clips_are_not_training_clips(tiny_lalm, tmp_path):
+    clips = [Clip(f"{tmp_path}/{n}.wav", "ab"[n % 2], "train", group=str(n)) for n in range(4)]
+    clips.append(Clip(f"{tmp_path}/5.wav", "a", "val", group="0"))
+    write_manifest(clips, tmp_path / "clips.jsonl")
+    data = AudioEpisodeDataModule(Manifest(str(tmp_path / "clips.jsonl")), Backbone(tiny_lalm), shots=1)
+    with pytest.raises(ValueError, match="1 groups are in training and in validation: 0"):
+        data.setup()
+
+
+def test_one_class_is_nothing_to_tell_apart(tones, tiny_lalm, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(tones / split / "low", tmp_path / split / "low")
+    with pytest.raises(ValueError, match=r"all training clips are of one class \(low\)"):
+        AudioEpisodeDataModule(Folder(str(tmp_path)), Backbone(tiny_lalm), shots=1).setup()
 
 
 def test_fewer_shots_are_part_of_more_shots(tones, tiny_lalm):

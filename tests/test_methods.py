@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.metric_space import directions
 from calm_pl.methods.selection import Grid, best_of, judge_all, judged_clips
 from calm_pl.methods.settings import SEARCH, OneShot, Search
-from calm_pl.methods.trust import Tried, Trust, choose
+from calm_pl.methods.trust import Tried, Trust, choose, cross_validate
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty
 from tests.test_baselines import make_set
 
@@ -256,6 +256,27 @@ def test_ranks_give_the_only_clips_of_classes_the_noise_that_one_process_gives_t
     whole = source.draw(7)
     for label in (4, 5, 6):
         assert_close(apart[order == label], whole.cosines_QKC[whole.labels_Q == label])
+
+
+def test_settings_that_are_tried_together_do_as_each_alone():
+    heads, labels = make_set(6, noise=2.0)
+    fold_N = torch.arange(len(labels)) // 4 % 3
+    left_out = LeaveOneOut(heads, labels, 4)
+
+    def posteriors(of: LeaveOneOut) -> torch.Tensor:
+        return torch.softmax(of.cosines() / 0.2, -1)
+
+    training = [posteriors(left_out.without(fold_N == fold)).permute(2, 0, 1) for fold in range(3)]
+
+    def tried(*settings: tuple[float, float]) -> set[tuple[float, ...]]:
+        found = cross_validate(
+            posteriors(left_out), labels, fold_N, training, lambda p, y: shared_weights(p, y, torch.ones(6), 0.5),
+            settings, (3, 8), 1.5, (0.1,),
+        )  # fmt: skip
+        return {(*asdict(one.trust).values(), round(one.nll, 4)) for one in found}
+
+    few, many = (1.0, 10.0), (0.1, 0.1)
+    assert tried(few, many) == tried(few) | tried(many) and len(tried(few, many)) == 5
 
 
 @pytest.mark.parametrize("shots", [None, 2])

@@ -191,7 +191,8 @@ def test_optimiser_and_scheduler_can_be_given(tones, tiny_lalm, tmp_path):
     run = trainer(tmp_path)
     run.fit(model, datamodule=data_module(tones, tiny_lalm))
     assert isinstance(run.optimizers[0], torch.optim.SGD)
-    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * 0.1**1, rel=1e-6) or run.current_epoch > 1
+    assert run.current_epoch == 2 and run.global_step == 12  # an epoch of ten steps, and one of two
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * 0.1)  # stepped after the whole one
 
 
 def test_one_shot_works_and_learns_nothing(tones, tiny_lalm, tmp_path):
@@ -199,7 +200,8 @@ def test_one_shot_works_and_learns_nothing(tones, tiny_lalm, tmp_path):
     run = trainer(tmp_path)
     run.fit(model, datamodule=data_module(tones, tiny_lalm, shots=1))
     run.test(model, datamodule=data_module(tones, tiny_lalm, shots=1), verbose=False)
-    assert run.global_step == 0 and model.figures["calm_learned"]["accuracy"] >= 0
+    assert run.global_step == 0 and not moves(model).any()
+    assert model.figures["calm_learned"]["accuracy"] > 1 / 3  # of tones that are easily told
 
 
 def test_clips_without_labels_shape_the_metric_at_one_shot(tones, tiny_lalm, tmp_path):

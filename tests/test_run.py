@@ -179,6 +179,16 @@ def test_two_processes_give_what_one_gives(run_folder, tones, tiny_lalm, tmp_pat
     assert len(paths) == len(set(paths)) == 9
 
 
+def test_a_process_without_a_test_clip_is_no_fault(tones, tiny_lalm, tmp_path):
+    data = Path(shutil.copytree(tones, tmp_path / "data"))
+    for file in list((data / "test").rglob("*.wav"))[1:]:
+        file.unlink()
+    two_processes = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    run = calm_process("fit", *options(data, tiny_lalm, "--run_dir", tmp_path / "run", *two_processes))
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["splits"]["test"] == 1
+
+
 def test_unusable_clips_are_named_and_counted(tones, tiny_lalm, tmp_path, capsys):
     data = Path(shutil.copytree(tones, tmp_path / "data"))
     (data / "test" / "low" / "1.wav").write_bytes(b"")

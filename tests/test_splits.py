@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_pl.data import Clip
-from calm_pl.data.splits import check_disjoint, draw_support, split_clips
+from calm_pl.data.splits import check_disjoint, draw_support, split_clips, without_repeats
 
 
 def pool(counts: dict[str, int], groups: int | None = None) -> list[Clip]:
@@ -137,3 +137,11 @@ def test_leaks_are_found() -> None:
     with pytest.raises(ValueError, match="also training clips"):
         check_disjoint([Clip("/a.wav", start=0, end=5)], [Clip("/a.wav", start=4, end=9)])
     check_disjoint([Clip("/a.wav", start=0, end=5)], [Clip("/a.wav", start=5, end=9), Clip("/b.wav")])
+
+
+def test_a_clip_listed_twice_counts_once() -> None:
+    clips = [Clip("/a.wav", "dog"), Clip("/b.wav", "dog"), Clip("/a.wav", "dog"), Clip("/a.wav", "dog", start=1.0)]
+    with pytest.warns(UserWarning, match=r"1 training clips are listed twice, and count once: /a\.wav"):
+        assert without_repeats(clips) == [clips[0], clips[1], clips[3]]
+    with pytest.raises(ValueError, match=r"/a\.wav: is listed as dog and as cat; where both are right"):
+        without_repeats([Clip("/a.wav", "dog"), Clip("/a.wav", "cat")])

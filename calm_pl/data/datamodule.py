@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,7 +22,7 @@ from calm_pl.clip import Clip
 from calm_pl.data.labelled import LabelledHeads, StepNumbers, StoredHeads
 from calm_pl.data.protocol import Protocol
 from calm_pl.data.recipes import Recipe, Shards
-from calm_pl.data.splits import check_disjoint, draw_support
+from calm_pl.data.splits import check_disjoint, draw_support, without_repeats
 from calm_pl.data.stream import (
     DEFAULT_BATCH_SIZE,
     BatchSize,
@@ -142,13 +143,15 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         clips = self.asked(self.recipe.clips())
         pool = [clip for clip in clips if clip.split == "train"]
         test = [clip for clip in clips if clip.split == "test"]
+        validation = [clip for clip in clips if clip.split == "val"]
         check_disjoint(pool, test)
+        check_disjoint(pool, validation, "validation")
         true = {(clip.audio, clip.start, clip.end): clip.labels for clip in pool}
         if self.pseudo_labels:
             pool = relabelled(pool, self.pseudo_labels)
+        pool = without_repeats(pool)
         support = [pool[i] for i in draw_support(pool, self.shots, self.seed, self.by_confidence)]
         self.support_right = sum(clip.labels == true[clip.audio, clip.start, clip.end] for clip in support)
-        validation = [clip for clip in clips if clip.split == "val"]
         others = self.protocol.asked(unlabelled_clips(self.unlabelled), self.recipe) if self.unlabelled else []
         self.clips, self.parts = [], {}
         for part, clips in zip(PARTS, (support, test, validation, others), strict=True):
@@ -192,7 +195,27 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         """The store of this backbone's head outputs; remembers the clips' keys."""
         self.heads = self.store = self.make_store(arithmetic)
         self.keys = self.store.clip_keys(self.clips)
+        self._tell_copies()
         return self.store
+
+    def _tell_copies(self) -> None:
+        """Say which clips are the same sound under several names: known from training, or vouching for one another."""
+        first = {}
+        for i in reversed(self.parts["support"]):
+            first[self.keys[i]] = i
+        told = {"support": "support", "test": "test", "val": "validation"}
+        copies = [
+            f"{self.clips[i].audio} ({told[part]}) is {self.clips[first[self.keys[i]]].audio}"
+            for part in told
+            for i in self.parts[part]
+            if first.get(self.keys[i], i) != i
+        ]
+        if copies:
+            more = f", and {len(copies) - 5} more" if len(copies) > 5 else ""
+            rank_zero_warn(
+                f"clips are copies, byte for byte, of support clips, and make results better than they are: "
+                f"{'; '.join(copies[:5])}{more}. Leave them out."
+            )
 
     def make_store(self, arithmetic: str) -> HeadStore:
         """The head store that this backbone's vectors belong to.

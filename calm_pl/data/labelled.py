@@ -40,7 +40,11 @@ class LabelledHeads:
 
 
 class StoredHeads(IterableDataset[LabelledHeads]):
-    """Streams stored head outputs in chunks; rank r of w sees clips r, r + w, ...: each clip exactly once."""
+    """Streams stored head outputs in chunks; rank r of w sees clips r, r + w, ...: each clip exactly once.
+
+    A rank beside others that has no clip gets one empty chunk: Lightning would send it past the epoch's end, where the
+    others wait for it.
+    """
 
     def __init__(
         self,
@@ -54,15 +58,16 @@ class StoredHeads(IterableDataset[LabelledHeads]):
     ) -> None:
         self.store, self.keys, self.labels, self.chunk = store, keys, labels, chunk
         self.positions = list(positions)[rank::world_size]
+        self.least = 1 if world_size > 1 and len(positions) else 0
 
     def __len__(self) -> int:
-        return -(-len(self.positions) // self.chunk)
+        return max(self.least, -(-len(self.positions) // self.chunk))
 
     def __iter__(self) -> Iterator[LabelledHeads]:
-        for first in range(0, len(self.positions), self.chunk):
+        for first in range(0, len(self) * self.chunk, self.chunk):
             chosen = self.positions[first : first + self.chunk]
             yield LabelledHeads(
-                torch.tensor(chosen),
+                torch.tensor(chosen, dtype=torch.long),
                 self.store.read([self.keys[i] for i in chosen]),
                 self.labels[chosen],
             )

@@ -303,7 +303,7 @@ def _read_folder(root: Path) -> list[Clip]:
     if not clips:
         raise ManifestError(f"{root}: no audio; expected one sub-folder a class, such as {root}/dog/1.wav")
     if silent:
-        warnings.warn(f"{root}: no class, since no audio is in it: {', '.join(silent)}", stacklevel=3)
+        warnings.warn(f"{root}: no audio in {', '.join(silent)}", stacklevel=3)
     if ignored:
         kinds = ", ".join(f"{count} {suffix or 'unnamed'}" for suffix, count in sorted(ignored.items()))
         warnings.warn(f"{root}: ignored files that are no audio or in no class folder: {kinds}", stacklevel=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -101,15 +102,15 @@ def split_clips(clips: Sequence[Clip], test_fraction: float, seed: int) -> list[
     return parted
 
 
-def check_disjoint(train: Sequence[Clip], test: Sequence[Clip]) -> None:
-    """Make sure that no test clip is known from training.
+def check_disjoint(train: Sequence[Clip], test: Sequence[Clip], part: str = "test") -> None:
+    """Make sure that no test (or validation) clip is known from training.
 
     Raises:
         ValueError: a group is on both sides, or the same audio (the file, or overlapping parts of it).
     """
     shared = {clip.group for clip in train if clip.group} & {clip.group for clip in test if clip.group}
     if shared:
-        raise ValueError(f"{len(shared)} groups are in training and in test: {_some(sorted(shared))}")
+        raise ValueError(f"{len(shared)} groups are in training and in {part}: {_some(sorted(shared))}")
     trained = defaultdict(list)
     for clip in train:
         trained[clip.audio].append(_interval(clip))
@@ -119,7 +120,31 @@ def check_disjoint(train: Sequence[Clip], test: Sequence[Clip]) -> None:
         if any(start < other_end and other_start < end for other_start, other_end in trained.get(clip.audio, ())):
             leaked.append(clip.audio)
     if leaked:
-        raise ValueError(f"{len(leaked)} test clips are also training clips: {_some(leaked)}")
+        raise ValueError(f"{len(leaked)} {part} clips are also training clips: {_some(leaked)}")
+
+
+def without_repeats(clips: Sequence[Clip]) -> list[Clip]:
+    """The clips without those that were there before: one that is there twice would vouch for itself.
+
+    Raises:
+        ValueError: a clip is listed with different labels.
+    """
+    known: dict[tuple[str, float | None, float | None], Clip] = {}
+    repeated = []
+    for clip in clips:
+        first = known.setdefault((clip.audio, clip.start, clip.end), clip)
+        if first.labels != clip.labels:
+            raise ValueError(
+                f"{clip.audio}: is listed as {', '.join(first.labels)} and as {', '.join(clip.labels)}; where both are "
+                'right, list it once with label ["one", "two"]'
+            )
+        if first is not clip:
+            repeated.append(clip.audio)
+    if repeated:
+        warnings.warn(
+            f"{len(repeated)} training clips are listed twice, and count once: {_some(repeated)}", stacklevel=2
+        )
+    return list(known.values())
 
 
 def _by_label(clips: Sequence[Clip]) -> dict[str, list[int]]:

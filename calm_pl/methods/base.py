@@ -60,8 +60,8 @@ class HeadClassifier(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def check_support(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> None:
-    """Refuse a support set that makes no sense.
+def check_support(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
+    """The labels as int64, of a support set that makes sense.
 
     Raises:
         ValueError: naming the argument; also where a class has no clip.
@@ -71,3 +71,4 @@ def check_support(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> None
     missing = (torch.bincount(labels_N, minlength=num_classes) == 0).nonzero()[:, 0].tolist()
     if missing:
         raise ValueError(f"labels_N has no clip of class {', '.join(map(str, missing))}: every class needs one")
+    return labels_N.long()

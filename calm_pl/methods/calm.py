@@ -64,6 +64,8 @@ class Calm(MetricSpace):
         super().__init__()
         if metric not in ("raw", "whitened"):
             raise ValueError(f"metric must be raw or whitened; got {metric!r}")
+        if metric == "raw" and (shrinkage is not None or metric_rank is not None):
+            raise ValueError("shrinkage and metric_rank are of the within-head metric: set metric to whitened")
         self.metric, self.centre, self.metric_rank, self.grid = metric, centre, metric_rank, grid
         given = {"tau": tau, "scheme": scheme, "tau_w": tau_w, "alpha": alpha, "shrinkage": shrinkage}
         self.given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
@@ -71,7 +73,7 @@ class Calm(MetricSpace):
             self.given["top_k"] = top_k or None
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         metric, default = None, DEFAULT
         if self.metric == "whitened":
             heads_NKD = directions(heads_NKD)

@@ -41,9 +41,9 @@ class LearnedWeights(MetricSpace):
     cross-validated, and where moving does not help beyond all doubt the start stays. Where no
     class has two clips nothing can be left out, and the start has default settings.
 
-    `start` chooses and creates the parameters, `training_loss` is one step's loss, `finish` calibrates; `fit`
-    does all three with a plain loop. Parameters: `moves_KC` (logits relative to the start, in units of about
-    one e-fold of a weight) or its factors `head_moves_KR`, `class_moves_RC`; with the options, `log_tau`
+    `start` chooses, calibrates and creates the parameters, `training_loss` is one step's loss, `finish` lets go of the
+    support set; `fit` does all three with a plain loop. Parameters: `moves_KC` (logits relative to the start, in units
+    of about one e-fold of a weight) or its factors `head_moves_KR`, `class_moves_RC`; with the options, `log_tau`
     (scalar or K) and `bias_C`. All else is a buffer.
 
     Args:
@@ -118,6 +118,10 @@ class LearnedWeights(MetricSpace):
             raise ValueError(f"alpha must be 1.0, 1.5 or 2.0; got {alpha}")
         if temperature not in ("fixed", "global", "per_head"):
             raise ValueError(f"temperature must be fixed, global or per_head; got {temperature!r}")
+        if rank is not None and rank < 1:
+            raise ValueError(
+                f"rank must be at least 1, or None for a weight of its own for each head and class; got {rank}"
+            )
         self.alpha, self.temperature, self.class_bias, self.rank = alpha, temperature, class_bias, rank
         self.to_start, self.to_shared, self.steps, self.lr = to_start, to_shared, steps, lr
         self.standard_errors = standard_errors
@@ -157,7 +161,7 @@ class LearnedWeights(MetricSpace):
 
     def start(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         """Choose metric, temperature and trust on the support set, and put the parameters at their start."""
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         heads_NKD = directions(heads_NKD)
         prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
         metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, self.one_shot.centre)
@@ -249,18 +253,18 @@ class LearnedWeights(MetricSpace):
         ]
         labels_N = left_out.labels_N[clips]
         fold_N = stratified_folds(labels_N, FOLDS)
-        posteriors_PNKC = torch.zeros(int(fold_N.max()) + 1, *posteriors_NKC.shape, device=labels_N.device)
-        for fold, learned_NKC in enumerate(posteriors_PNKC):
+        training_CNK = []
+        for fold in range(int(fold_N.max()) + 1):
             held_N = torch.zeros_like(left_out.labels_N, dtype=torch.bool)
             held_N[clips[fold_N == fold]] = True
             rest = clips[fold_N != fold]
             cosines_NKC = left_out.without(held_N).cosines(shrinkage, rest - held_N.cumsum(0)[rest])
-            learned_NKC[fold_N != fold] = torch.softmax(cosines_NKC / tau_K[:, None], -1)
+            training_CNK.append(torch.softmax(cosines_NKC / tau_K[:, None], -1).permute(2, 0, 1).contiguous())
         tried = cross_validate(
             posteriors_NKC,
-            posteriors_PNKC,
             labels_N,
             fold_N,
+            training_CNK,
             start,
             list(dict.fromkeys(settings)),
             self.search.steps if self.steps is None else (self.steps,),

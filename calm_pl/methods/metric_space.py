@@ -125,7 +125,7 @@ class Whitened(InMetric):
         self.tau, self.metric_rank = tau, metric_rank
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
-        check_support(heads_NKD, labels_N, num_classes)
+        labels_N = check_support(heads_NKD, labels_N, num_classes)
         directions_NKD = directions(heads_NKD)
         metric = HeadMetric.estimate(directions_NKD, labels_N, num_classes, self.centre)
         left_out = LeaveOneOut(directions_NKD, labels_N, num_classes, metric)

@@ -30,6 +30,11 @@ class Search:
     steps: Sequence[int] = (10, 20, 40, 80)
     lr: Sequence[float] = (0.03, 0.1)
 
+    def __post_init__(self) -> None:
+        for name in ("centre", "round_clips", "tau", "power"):  # of which the geometric mean is taken
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"search.{name} holds {min(getattr(self, name))}: numbers above 0")
+
 
 @dataclass(frozen=True)
 class OneShot:
@@ -46,6 +51,10 @@ class OneShot:
     tau: float = 0.03
     heard_spread: float = 0.14
     tau_of_spread: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.centre <= 0:
+            raise ValueError(f"one_shot.centre is {self.centre}: a share above 0 of the mean of the prototypes")
 
 
 SEARCH, ONE_SHOT = Search(), OneShot()

@@ -3,7 +3,7 @@
 Weights are learned on some folds of clips, which know nothing of the clips of another, and judged on that one. All
 settings and folds are learned side by side in one tensor, so that the search costs little more than one fit.
 
-Shapes: N clips, K heads, C classes, P folds, F settings x folds.
+Shapes: N clips, K heads, C classes, S settings, P folds.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def choose(tried: Sequence[Tried], standard_errors: float) -> Tried:
 
 def cross_validate(
     posteriors_NKC: Tensor,
-    posteriors_PNKC: Tensor,
     labels_N: Tensor,
     fold_N: Tensor,
+    training_CNK: Sequence[Tensor],
     start: Callable[[Tensor, Tensor], Tensor],
     settings: Sequence[tuple[float, float]],
     steps: Sequence[int],
@@ -90,9 +90,9 @@ def cross_validate(
 
     Args:
         posteriors_NKC: leave-one-out head posteriors of the support set, to judge by.
-        posteriors_PNKC: the same to learn from, for each fold without its clips; of these, any numbers.
-        labels_N: classes of the clips.
+        labels_N: its classes.
         fold_N: the fold in which a clip is judged.
+        training_CNK: for each fold, leave-one-out posteriors of all other clips, which know nothing of the fold.
         start: (posteriors, labels) -> weights (K, C) by formula, made from the training clips of each fold.
         settings: pairs of penalties, the strongest first.
         steps: numbers of optimiser steps after which to judge, ascending.
@@ -103,50 +103,54 @@ def cross_validate(
         What was tried, from the formula itself (0 steps) to what can have moved the furthest, with calibrated
         likelihoods of the clips held out.
     """
-    num_folds, num_clips, num_heads, num_classes = posteriors_PNKC.shape
-    training_PN = fold_N[None] != torch.arange(num_folds, device=fold_N.device)[:, None]
-    starts = [start(p[t], labels_N[t]) for p, t in zip(posteriors_PNKC, training_PN, strict=True)]
-    weights_at_start_FKC = torch.stack(starts).repeat(len(settings), 1, 1)
-    start_FKC = entmax_logits(weights_at_start_FKC, alpha)
-    strengths_F2 = torch.tensor(settings, device=fold_N.device).repeat_interleave(num_folds, 0)
-    share_FN = (training_PN / training_PN.sum(1, keepdim=True)).repeat(len(settings), 1)
-    counts_F = training_PN.sum(1).repeat(len(settings))
+    num_clips, num_heads, num_classes = posteriors_NKC.shape
+    shape = (len(settings), len(training_CNK), num_heads, num_classes)
+    labels = [labels_N[fold_N != fold] for fold in range(len(training_CNK))]
+    starts = [start(part_CNK.permute(1, 2, 0), own_N) for part_CNK, own_N in zip(training_CNK, labels, strict=True)]
+    start_SPKC = torch.stack(starts).expand(shape)
+    logits_SPKC = entmax_logits(start_SPKC, alpha)
+    to_start_S, to_shared_S = torch.tensor(settings, device=fold_N.device).unbind(1)
 
-    def weights(moves_FKC: Tensor) -> Tensor:
-        return entmax(start_FKC + step_size(num_heads, alpha) * moves_FKC, alpha, dim=1)
+    def weights(moves_SPKC: Tensor) -> Tensor:
+        return entmax(logits_SPKC + step_size(num_heads, alpha) * moves_SPKC, alpha, dim=2)
 
-    def held_out(moves_FKC: Tensor) -> Tensor:
-        by_fold = weights(moves_FKC.detach()).view(-1, num_folds, num_heads, num_classes)
-        scores_SNC = torch.empty(len(by_fold), num_clips, num_classes, device=fold_N.device)
-        for p in range(num_folds):
-            scores_SNC[:, fold_N == p] = torch.einsum("nkc,skc->snc", posteriors_NKC[fold_N == p], by_fold[:, p])
+    def held_out(moves_SPKC: Tensor) -> Tensor:
+        weights_SPKC = weights(moves_SPKC.detach())
+        scores_SNC = torch.empty(len(settings), num_clips, num_classes, device=fold_N.device)
+        for fold in range(len(training_CNK)):
+            held = fold_N == fold
+            scores_SNC[:, held] = torch.einsum("nkc,skc->snc", posteriors_NKC[held], weights_SPKC[:, fold])
         return scores_SNC
 
-    tried = [_judge(Trust(steps=0), held_out(torch.zeros_like(start_FKC))[0], labels_N)]
+    def losses(weights_SPKC: Tensor) -> Tensor:
+        found = []
+        for fold, (part_CNK, own_N) in enumerate(zip(training_CNK, labels, strict=True)):
+            scores_CNS = part_CNK @ weights_SPKC[:, fold].permute(2, 1, 0)
+            fit_S = -mixture_log_likelihood(scores_CNS.permute(2, 1, 0), own_N).mean(1)
+            held_S = penalty(weights_SPKC[:, fold], start_SPKC[:, fold], to_start_S, to_shared_S)
+            found.append(fit_S + held_S / len(own_N))
+        return torch.stack(found, 1)
+
+    tried = [_judge(Trust(steps=0), held_out(torch.zeros(shape, device=fold_N.device))[0], labels_N)]
     for lr in lrs:
-        moves_FKC = torch.zeros_like(start_FKC, requires_grad=True)
-        optimizer = torch.optim.Adam([moves_FKC], lr=lr)
+        moves_SPKC = torch.zeros(shape, device=fold_N.device, requires_grad=True)
+        optimizer = torch.optim.Adam([moves_SPKC], lr=lr)
         for step in range(1, max(steps, default=0) + 1):
             with torch.enable_grad():
-                weights_FKC = weights(moves_FKC)
-                by_fold = weights_FKC.view(-1, num_folds, num_heads, num_classes)
-                scores_FNC = torch.einsum("pnkc,spkc->spnc", posteriors_PNKC, by_fold).flatten(0, 1)
-                loss_F = (-mixture_log_likelihood(scores_FNC, labels_N) * share_FN).sum(1)
-                held_F = penalty(weights_FKC, weights_at_start_FKC, strengths_F2[:, 0], strengths_F2[:, 1]) / counts_F
                 optimizer.zero_grad()
-                (loss_F + held_F).sum().backward()
+                losses(weights(moves_SPKC)).sum().backward()
             optimizer.step()
             if step in steps:
-                for setting, scores_NC in zip(settings, held_out(moves_FKC), strict=True):
+                for setting, scores_NC in zip(settings, held_out(moves_SPKC), strict=True):
                     tried.append(_judge(Trust(*setting, step, lr), scores_NC, labels_N))
     return sorted(tried, key=lambda one: one.trust.moved)
 
 
-def mixture_log_likelihood(scores_FNC: Tensor, labels_N: Tensor) -> Tensor:
+def mixture_log_likelihood(scores_SNC: Tensor, labels_N: Tensor) -> Tensor:
     """Log of the labelled class's share of the scores: (..., N)."""
-    index = labels_N[:, None].expand(*scores_FNC.shape[:-1], 1)
-    own = scores_FNC.gather(-1, index)[..., 0]
-    return own.clamp_min(MIN_PROBABILITY).log() - scores_FNC.sum(-1).clamp_min(MIN_PROBABILITY).log()
+    index = labels_N[:, None].expand(*scores_SNC.shape[:-1], 1)
+    own = scores_SNC.gather(-1, index)[..., 0]
+    return own.clamp_min(MIN_PROBABILITY).log() - scores_SNC.sum(-1).clamp_min(MIN_PROBABILITY).log()
 
 
 def _judge(trust: Trust, scores_NC: Tensor, labels_N: Tensor) -> Tried:

@@ -170,9 +170,12 @@ def stored_heads(trainer: L.Trainer, data: AudioEpisodeDataModule, clips: list[C
     unusable = extract_missing(trainer, clips, HeadExtraction(data.backbone), store, data.batch_size, data.num_workers)
     for reason in unusable.values():
         print(f"left out: {reason}")
+    unlabelled = [clip.audio for clip in clips if not clip.labels]
+    if unlabelled:
+        print(f"left out: {len(unlabelled)} clips without a label, such as {unlabelled[0]}")
     classes = sorted({label for clip in clips for label in clip.labels})
-    labels_N = torch.tensor([classes.index(clip.labels[0]) for clip in clips])
-    usable = [i for i in range(len(clips)) if i not in unusable]
+    labels_N = torch.tensor([classes.index(clip.labels[0]) if clip.labels else -1 for clip in clips])
+    usable = [i for i in range(len(clips)) if i not in unusable and clips[i].labels]
     heads_NKD = torch.zeros(len(clips), store.num_heads, store.head_dim)
     heads_NKD[usable] = store.read(store.clip_keys([clips[i] for i in usable]))
     mask_N = torch.zeros(len(clips), dtype=torch.bool)

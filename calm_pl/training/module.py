@@ -244,7 +244,7 @@ class CalmModule(L.LightningModule):
                     self.log(f"support/{name}/nll", method.criterion(), sync_dist=True)
 
     def finish(self) -> None:
-        """Calibrate what was learned and let go of the support set; once."""
+        """Let go of the support set; once."""
         with full_precision(self.device):
             for learner in self.learners:
                 if not self.finished:
@@ -366,7 +366,7 @@ class CalmModule(L.LightningModule):
         share = slice(self.trainer.global_rank, None, self.trainer.world_size)
         kept_BV = store.read(store.clip_keys(clips)[share]).squeeze(1)
         scores.update(
-            torch.tensor(positions[share], device=self.device),
+            torch.tensor(positions[share], dtype=torch.long, device=self.device),
             extraction.probabilities(kept_BV, clips[share]).to(self.device),
             data.labels[positions[share]].to(self.device),
         )
