@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,20 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
+from calm_pl import CalmModule
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
+from calm_pl.baselines import GRW, SAV, KNearest, LinearProbe, MeanOfHeads, NearestPrototype
 from calm_pl.data.manifest import read_manifest
 from calm_pl.headstore import HeadStore
+from calm_pl.methods.calm import Calm
+from calm_pl.methods.learned import LearnedWeights
+from calm_pl.methods.metric_space import Whitened
 from calm_pl.training.extraction import BatchSize, HeadExtraction, arithmetic, extract_missing
 from tests.extracting import QUIET
+from tests.test_module import data_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 ACCELERATOR = "gpu"
@@ -57,6 +65,40 @@ def test_weights_of_8_bits_hear(tones, tiny_lalm):
     pytest.importorskip("bitsandbytes")
     heads_NKD = Backbone(tiny_lalm, quantization="8bit").load("bfloat16", "cuda").head_outputs(read_manifest(tones))
     assert heads_NKD.isfinite().all() and not torch.equal(heads_NKD[0], heads_NKD[-1])
+
+
+def test_every_method_finds_what_it_finds_on_the_cpu(tones, tiny_lalm, tmp_path):
+    """On the same heads, from one store; learned weights under EarlyStopping's criterion, in mixed precision too."""
+    figures = {}
+    for name, accelerator, precision in (("cpu", "cpu", "32-true"), ("gpu", ACCELERATOR, "32-true")):
+        learned = LearnedWeights(steps=15, shrinkage=0.3, tau=0.15, to_start=0.1, to_shared=0.1, shots=2)
+        formulas = {"calm": Calm(), "calm_whitened": Calm("whitened"), "whitened_probe": Whitened(LinearProbe())}
+        baselines = [SAV(), GRW(), LinearProbe(), KNearest(), NearestPrototype(), MeanOfHeads()]
+        methods = {**formulas, **{type(one).__name__: one for one in baselines}, "calm_learned": learned}
+        model = CalmModule(methods, classifier="calm_learned", zero_shot=False)
+        data = data_module(tones, tiny_lalm, store=str(tmp_path))
+        stop = EarlyStopping("support/calm_learned/nll", patience=5, check_on_train_epoch_end=True)
+        run = L.Trainer(**{**QUIET, "accelerator": accelerator, "devices": 1, "precision": precision}, callbacks=[stop])
+        run.fit(model, datamodule=data)
+        run.test(model, datamodule=data, verbose=False)
+        figures[name] = {method: found["nll"] for method, found in model.figures.items()}
+        assert run.global_step == 15
+        figures[name]["moved"] = float(learned.get_parameter("moves_KC").abs().sum())
+    assert figures["gpu"] == pytest.approx(figures["cpu"], rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus_learn_what_one_learns(tones, tiny_lalm, tmp_path):
+    found = []
+    for devices in (1, 2):
+        run = tmp_path / str(devices)
+        command = [sys.executable, "-m", "calm_pl", "fit", "--data", "folder", "--data.recipe.init_args.data_dir"]
+        command += [str(tones), "--backbone", tiny_lalm, "--data.store", str(tmp_path / "heads"), "--data.shots", "2"]
+        trainer = ["--trainer.accelerator", "gpu", "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
+        subprocess.run([*command, *trainer, "--run_dir", str(run)], check=True)
+        found.append(json.loads((run / "results.json").read_text())["methods"])
+    for method, figures in found[0].items():
+        assert found[1][method]["accuracy"] == figures["accuracy"], method
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")

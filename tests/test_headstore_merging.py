@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,29 @@ def test_reader_follows_a_merge(tmp_path: Path) -> None:
     writer.compact()
     assert len(shards(writer)) == 1
     assert torch.equal(reader.read(keys), before)
+
+
+def test_a_listing_that_passed_a_merged_shard_over_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
+    for index in range(3):
+        writer.write([str(index)], heads(1, index))
+    assert reader.missing(["0", "1", "2"]) == []
+    writer.compact()
+    merged = shards(writer)
+    listing, looks = os.scandir, []
+
+    def hasty(folder: Any) -> Any:  # as a file system may answer while names come and go
+        looks.append(folder)
+        return listing(folder) if len(looks) > 3 else iter(())
+
+    monkeypatch.setattr("calm_pl.headstore.index.os.scandir", hasty)
+    assert reader.missing(["0", "1", "2"]) == [] and len(looks) == 4
+    looks.clear()
+    for path in merged:
+        path.unlink()  # by a person: these will not come back
+    assert reader.missing(["0", "1", "2"]) == [0, 1, 2]
 
 
 def test_a_shard_that_goes_and_comes_back_while_it_is_opened_is_read(

@@ -173,6 +173,10 @@ def test_compressed_shards(tmp_path: Path) -> None:
         with tarfile.open(tmp_path / name, "w:gz") as archive:
             add(archive, "1.wav", sound)
             add(archive, "2.wav", random.Random(0).randbytes(50_000))
+    packed = bytearray((tmp_path / "whole.tar.gz").read_bytes())
+    packed[-8] ^= 1  # of the checksum
+    (tmp_path / "changed.tar.gz").write_bytes(packed)
+    assert str(tmp_path / "changed.tar.gz") in stream([str(tmp_path / "changed.tar.gz")])[1][-1]
     (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "cut.tar.gz").read_bytes()[:-20_000])
     clips, errors = stream([str(tmp_path / "whole.tar.gz"), str(tmp_path / "cut.tar.gz")])
     assert [item.clip.audio for item in clips] == [f"{tmp_path}/whole.tar.gz/1.wav"]
@@ -214,3 +218,17 @@ def test_make_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
             main(wrong)
         assert message in capsys.readouterr().err
     assert (tmp_path / "out" / "clips-000000.tar").read_bytes() == before
+
+
+def test_links_in_an_archive_are_told_and_the_others_heard(tmp_path: Path) -> None:
+    (clip,) = make_clips(tmp_path / "sounds", 1)
+    with tarfile.open(tmp_path / "linked.tar", "w") as archive:
+        archive.add(clip.audio, "1.wav")
+        for name, kind in (("2.wav", tarfile.LNKTYPE), ("3.wav", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "1.wav"
+            archive.addfile(link)
+        archive.add(clip.audio, "4.wav")
+    clips, errors = stream([str(tmp_path / "linked.tar")])
+    assert [Path(item.clip.audio).name for item in clips] == ["1.wav", "4.wav"]
+    assert len(errors) == 1 and "2 of its members are links, such as 2.wav" in errors[0]

@@ -7,6 +7,7 @@ label (`.txt` or `.cls`). A clip's `video`, where it names one, is the member `0
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar, cast
 
 import soundfile
 from torch.utils.data import IterableDataset, get_worker_info
@@ -36,6 +37,7 @@ _VIDEO = ".video"  # before the suffix of a file that a clip names as its video
 _LABEL_SUFFIXES = (".txt", ".cls")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 _END_MARK = bytes(1024)  # what an uncompressed tar archive ends with (POSIX ustar)
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,16 @@ class ShardClips(IterableDataset[ShardClip[T] | AudioError]):
         return map(self._shard, urls)
 
     def _shard(self, url: str) -> Iterator[ShardClip[Files] | AudioError]:
+        links: list[str] = []
         try:
-            for sample, members in groupby(_members(url), key=lambda member: member[0]):
+            for sample, members in groupby(_members(url, links), key=lambda member: member[0]):
                 yield self._clip(f"{url}/{sample}", {suffix: data for _, suffix, data in members})
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            yield AudioError(url, f"the shard cannot be read to its end ({error}); the rest of its clips is missing")
+            yield AudioError(url, f"the shard cannot be read to its end ({error}); clips are missing")
+        if links:
+            yield AudioError(
+                url, f"{len(links)} of its members are links, such as {links[0]}: write the files themselves (tar -h)"
+            )
 
     def _clip(self, name: str, members: Mapping[str, bytes]) -> ShardClip[Files] | AudioError:
         heard, seen = _heard_and_seen(members, self.pictures)
@@ -143,8 +150,9 @@ def _heard_and_seen(members: Mapping[str, bytes], pictures: bool) -> tuple[str |
     return heard, films[0] if films and pictures else None
 
 
-def _members(url: str) -> Iterator[tuple[str, str, bytes]]:
-    """Sample name, lower-case suffix and content of each file in an archive.
+def _members(url: str, links: list[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Sample name, lower-case suffix and content of each file in an archive; `links` gets the names of those that are
+    links, which a stream cannot follow.
 
     Raises:
         OSError, EOFError, tarfile.TarError, zlib.error: it cannot be opened, is damaged or ends early.
@@ -154,14 +162,17 @@ def _members(url: str) -> Iterator[tuple[str, str, bytes]]:
     # webdataset knows http(s) and gs, but not s3.
     address = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
     source = _Source(gopen(address))
-    with source, tarfile.open(fileobj=source, mode="r|*", tarinfo=_Member) as archive:  # type: ignore[call-overload]
+    content = source.unpacked()
+    with source, tarfile.open(fileobj=content, mode="r|*", tarinfo=_Member) as archive:  # type: ignore[call-overload]
         for info in archive:
-            if file := archive.extractfile(info):
+            if info.islnk() or info.issym():
+                links.append(info.name)
+            elif file := archive.extractfile(info):
                 folder, name = os.path.split(info.name)
                 sample, dot, suffix = name.partition(".")
                 yield os.path.join(folder, sample), dot + suffix.lower(), file.read()
-        source.drain()
-        if not url.endswith(_COMPRESSED) and source.tail != _END_MARK:
+        content.drain()
+        if (content is not source or not url.endswith(_COMPRESSED)) and content.tail != _END_MARK:
             raise EOFError("it has no end mark")
 
 
@@ -181,10 +192,18 @@ class _Source:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
+        self.head = stream.read(len(_GZIP_MAGIC))
         self.tail = b""
 
+    def unpacked(self) -> _Source:
+        """What gzip packed, or the stream itself: tarfile unpacks gzip too, but does not look at its checksum."""
+        if self.head != _GZIP_MAGIC:
+            return self
+        return _Source(cast("IO[bytes]", gzip.GzipFile(fileobj=cast("IO[bytes]", self), mode="rb")))
+
     def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
+        begun, self.head = self.head[:size], self.head[size:]
+        data = begun + self.stream.read(size - len(begun))
         self.tail = (self.tail + data)[-len(_END_MARK) :]
         return data
 

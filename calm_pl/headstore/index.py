@@ -36,6 +36,7 @@ class ShardIndex:
         self.corrupt: set[str] = set()  # remembered because a read-only folder goes on showing them
         self._shards: dict[str, Shard] = {}
         self._places: dict[str, tuple[str, int]] = {}
+        self._gone: set[str] = set()  # clips whose shards went away
         self._others: dict[str, list[tuple[str, int]]] = {}  # places that do not count while `_places` has a better one
 
     def __len__(self) -> int:
@@ -50,11 +51,16 @@ class ShardIndex:
     def refresh(self) -> None:
         """Learn of shards written, merged or deleted since the last look; only headers are read.
 
-        Where shards went away meanwhile, others may be merging them into one that this look came too early for.
+        Where shards went away meanwhile, others may be merging them into one that this look came too early for, or
+        that a listing of the folder, which is no snapshot, passed over.
         """
+        self._gone = {key for key in self._gone if key not in self}
         for _ in range(LOOKS):
-            if not self._look():
+            lost = self._look()
+            self._gone = {key for key in self._gone if key not in self}
+            if not lost and not self._gone:
                 return
+        self._gone = set()  # deleted, and not merged
 
     def _look(self) -> bool:
         """Read the folder once; whether shards had gone away, before or while it was read."""
@@ -64,7 +70,7 @@ class ShardIndex:
             found = set()
         gone = self._shards.keys() - found
         if gone:
-            self._forget(gone)
+            self._gone |= self._forget(gone)
         new = sorted(found - self._shards.keys() - self.corrupt)
         for name in new:
             with contextlib.suppress(ShardLostError), self._losing(name):
@@ -167,8 +173,10 @@ class ShardIndex:
             held.setdefault(name, []).append((position, row))
         return held
 
-    def _forget(self, names: Iterable[str]) -> None:
-        """Count on some shards no longer. Only their own clips are looked at: a store may hold millions."""
+    def _forget(self, names: Iterable[str]) -> set[str]:
+        """Count on some shards no longer; the clips that are nowhere else. Only the shards' own clips are looked at: a
+        store may hold millions."""
+        nowhere = set()
         lost = {name: shard for name in names if (shard := self._shards.pop(name, None))}
         for key in {key for shard in lost.values() for key in shard.keys}:
             places = [self._places.pop(key), *self._others.pop(key, [])]
@@ -176,6 +184,9 @@ class ShardIndex:
                 self._places[key], *others = kept
                 if others:
                     self._others[key] = others
+            else:
+                nowhere.add(key)
+        return nowhere
 
     @contextlib.contextmanager
     def _losing(self, name: str) -> Iterator[None]:
@@ -183,7 +194,7 @@ class ShardIndex:
         try:
             yield
         except FileNotFoundError as error:
-            self._forget([name])
+            self._gone |= self._forget([name])
             raise ShardLostError(name) from error
         except CorruptShardError as error:
             self.corrupt.add(name)
