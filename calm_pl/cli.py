@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 SECONDS_TO_INTERRUPT_AGAIN = 0.1
+SECONDS_FOR_THE_FIRST_RANK = 3.0
 
 # command -> (module with main(argv) -> int, what it does)
 COMMANDS = {
@@ -141,8 +143,13 @@ def _interruptible() -> Iterator[None]:
 
 
 def _stopped() -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("calm: stopped; the same command goes on where it was", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return 130  # torchrun stops them all
+        # Once this rank has ended, Lightning kills the first one. That one shall stop by itself, which ends this one,
+        # too; where it waits for others and does not hear, this one speaks for it.
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+    print("calm: stopped; the same command goes on where it was", file=sys.stderr, flush=True)
     return 130
 
 

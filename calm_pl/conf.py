@@ -32,9 +32,12 @@ def names_help(*options: str) -> dict[str, Any]:
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    lines = ["these options take a name of a shipped file (shown by --print_config), or a file of your own:"]
+    lines = [f"these options take the name of a file in {CONF_DIR}, or a file of your own:"]
     for option in options or GROUPS:
         also = "; or a folder, or a hub id (owner/name)" if option == "--backbone" else ""
         names = ", ".join(config_names(GROUPS[option])) + also
         lines += textwrap.wrap(names, 100, initial_indent=f"  {option:11}", subsequent_indent=" " * 13)
-    return {"epilog": "\n".join(lines), "formatter_class": Formatter}
+    # Of a hundred options argparse would print a page before every error.
+    named = " ".join(f"[{option} NAME]" for option in options or GROUPS)
+    usage = f"%(prog)s {named} [options: see --help]"
+    return {"epilog": "\n".join(lines), "formatter_class": Formatter, "usage": usage}

@@ -6,6 +6,7 @@ import argparse
 import csv
 import os
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -35,10 +36,13 @@ def main(argv: list[str]) -> int:
     writer.writerow(["path", "prediction", "confidence"])
     unusable = 0
     for first in range(0, len(files), options.batch_size):
-        batch = files[first : first + options.batch_size]
+        whole = batch = files[first : first + options.batch_size]
         while batch:
             try:
-                confidence_N, prediction_N = classifier.predict_proba(batch, options.batch_size).max(1)
+                with warnings.catch_warnings():
+                    if batch is not whole:  # tried again: clips that are cut have been told
+                        warnings.filterwarnings("ignore", message=".* longer than the model's window")
+                    confidence_N, prediction_N = classifier.predict_proba(batch, options.batch_size).max(1)
             except AudioError as error:  # tell it, and go on without it
                 unusable += 1
                 print(f"calm: {error}", file=sys.stderr)

@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 
 TARGETS = {"--backbone": "--data.backbone", "--logger": "--trainer.logger"}
 CONFIG_OPTIONS = ("--config", "-c")
+# What other commands and `make train` call by a word; here a word has its place.
+PLACES = {
+    "--shots": "--data.shots", "--seed": "--data.seed", "--store": "--data.store", "--protocol": "--data.protocol",
+    "--data_dir": "--data.recipe.init_args.data_dir", "--heads": "--data.backbone.heads",
+    "--devices": "--trainer.devices", "--precision": "--trainer.precision", "--out": "--run_dir",
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     """Parse, run, and turn the errors a user can mend into one line and exit code 1."""
+    for option in (argument.partition("=")[0] for argument in argv):
+        if option in PLACES:
+            sys.exit(f"calm: error: {option} is called {PLACES[option]} here")
     arguments = expand_names(argv)
     from calm_pl.training.cli import CalmCLI
 

@@ -10,6 +10,8 @@ from pathlib import Path
 def main(argv: list[str]) -> int:
     """Write ``report.html`` of one run, or ``comparison.html`` of several; print where it lies."""
     options = _parser().parse_args(argv)
+    if options.mistakes < 0:
+        sys.exit(f"calm: error: --mistakes {options.mistakes}: 0 or more")
     from calm_pl.report.comparison import Comparison
     from calm_pl.report.page import write_report
 

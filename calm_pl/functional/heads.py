@@ -97,7 +97,22 @@ def leave_one_out_cosines(heads_NKD: Tensor, labels_N: Tensor, num_classes: int)
     return cosines(heads_NKD, prototypes_CKD).scatter(-1, index_NK1, own_NK1)
 
 
-def class_means(values_Nx: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
+class Rows:
+    """Some rows of a tensor, of which no more is copied than is asked for at once: head outputs may fill the memory."""
+
+    def __init__(self, whole: Tensor, rows_N: Tensor) -> None:
+        self.whole, self.rows_N = whole, rows_N
+        self.shape = (len(rows_N), *whole.shape[1:])
+        self.ndim, self.device = whole.ndim, whole.device
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __getitem__(self, wanted: slice | Tensor) -> Tensor:
+        return self.whole[self.rows_N[wanted]]
+
+
+def class_means(values_Nx: Tensor | Rows, labels_N: Tensor, num_classes: int) -> Tensor:
     """Mean over the clips of each class, along the first dimension; zeros for a class without a clip."""
     sums_Cx = torch.zeros(num_classes, *values_Nx.shape[1:], device=values_Nx.device)
     for chunk in chunks(len(values_Nx), max(1, CHUNK_ELEMENTS // max(1, values_Nx[:1].numel()))):

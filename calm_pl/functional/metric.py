@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calm_pl.functional.checks import check_heads, check_labels
-from calm_pl.functional.heads import chunks, class_means, default_chunk_size
+from calm_pl.functional.heads import Rows, chunks, class_means, default_chunk_size
 from calm_pl.functional.precision import without_autocast
 
 # Smallest eigenvalue relative to the largest: only a singular covariance with g = 0 ever meets it.
@@ -51,7 +51,7 @@ class HeadMetric:
     @classmethod
     @without_autocast
     def estimate(
-        cls, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, centre: float = 1.0, whole: bool = False
+        cls, heads_NKD: Tensor | Rows, labels_N: Tensor, num_classes: int, centre: float = 1.0, whole: bool = False
     ) -> HeadMetric:
         """From labelled clips, one pass in chunks and one batched eigendecomposition.
 
@@ -64,7 +64,7 @@ class HeadMetric:
         """
         prototypes_CKD = class_means(heads_NKD, labels_N, num_classes)
         present_C = torch.bincount(labels_N, minlength=num_classes) > 0
-        basis_KDM = None if whole else _basis(heads_NKD)
+        basis_KDM = None if whole or len(heads_NKD) >= heads_NKD.shape[2] else _basis(heads_NKD[:])
         _, num_heads, width = prototypes_CKD.shape
         size = width if basis_KDM is None else basis_KDM.shape[2]
         scatter_KMM = torch.zeros(num_heads, size, size, device=heads_NKD.device)
@@ -204,10 +204,8 @@ def whitening(
     return metric.mean_KD, metric.transform(shrinkage)
 
 
-def _basis(heads_NKD: Tensor) -> Tensor | None:
-    """An orthonormal basis of what each head says of these clips, (K, D, N); None where N is no smaller than D."""
-    if len(heads_NKD) >= heads_NKD.shape[2]:
-        return None
+def _basis(heads_NKD: Tensor) -> Tensor:
+    """An orthonormal basis of what each head says of these clips, (K, D, N), fewer than dimensions."""
     basis_KDN: Tensor = torch.linalg.qr(heads_NKD.float().permute(1, 2, 0))[0]
     return basis_KDN
 

@@ -44,6 +44,16 @@ def make_folder(folder: Path) -> None:
         raise _refused(folder, PermissionError(errno.EACCES, "permission denied"))
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a file where a folder is wanted; one that is not there yet is made when it is wanted.
+
+    Raises:
+        HeadStoreError: a file is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise _refused(folder, NotADirectoryError(errno.ENOTDIR, "it is a file"))
+
+
 def _refused(folder: Path, error: OSError) -> HeadStoreError:
     return HeadStoreError(
         f"head outputs cannot be kept in {folder} ({error.strerror or error}): make it a folder that you may write "

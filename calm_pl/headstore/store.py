@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from calm_pl.headstore.digests import file_digests
-from calm_pl.headstore.files import HeadStoreError, make_folder, remove_abandoned, store_root, write_atomically
+from calm_pl.headstore.files import (
+    HeadStoreError,
+    check_place,
+    make_folder,
+    remove_abandoned,
+    store_root,
+    write_atomically,
+)
 from calm_pl.headstore.index import ShardIndex, ShardLostError
 from calm_pl.headstore.plans import planned_batches
 from calm_pl.headstore.shard import SUFFIX, Shard, write_shard
@@ -64,6 +71,7 @@ class HeadStore:
             raise ValueError(f"head store dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         self.key = dict(key)
         self.root = store_root(root)
+        check_place(self.root)
         self.dtype = dtype
         # A copy of a model under another name is the same model.
         content = {name: value for name, value in self.key.items() if name != "backbone"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from calm_pl.functional.heads import MIN_NORM, chunks, class_means, default_chunk_size, unit
+from calm_pl.functional.heads import MIN_NORM, Rows, chunks, class_means, default_chunk_size, unit
 from calm_pl.functional.metric import HeadMetric
 
 # A clip that alone spans a direction of the metric leaves about g times the mean variance there; float32 ends here.
@@ -34,7 +34,9 @@ class LeaveOneOut:
         metric: the support set's own within-head metric; None for raw cosines.
     """
 
-    def __init__(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int, metric: HeadMetric | None = None) -> None:
+    def __init__(
+        self, heads_NKD: Tensor | Rows, labels_N: Tensor, num_classes: int, metric: HeadMetric | None = None
+    ) -> None:
         self.heads_NKD, self.labels_N = heads_NKD, labels_N
         self.num_classes, self.metric = num_classes, metric
         self.counts_N = torch.bincount(labels_N, minlength=num_classes)[labels_N]
@@ -49,7 +51,7 @@ class LeaveOneOut:
 
     def whitened(self, shrinkage: float | str | Tensor | None = None, clips: Tensor | None = None) -> Tensor:
         """Support clips (all by default) in the metric of this g, in its eigenbasis: (K, N, D)."""
-        heads_KND = self._rotate(self.heads_NKD if clips is None else self.heads_NKD[clips])
+        heads_KND = self._rotate(self.heads_NKD[slice(None) if clips is None else clips])
         return heads_KND if self.metric is None else heads_KND * self._roots(shrinkage)
 
     def whitened_prototypes(self, shrinkage: float | str | Tensor | None = None) -> Tensor:
@@ -105,7 +107,9 @@ class LeaveOneOut:
 
     def without(self, held_N: Tensor) -> LeaveOneOut:
         """The same of the clips that are not held, which know nothing of those that are; every class must keep one."""
-        heads_NKD, labels_N, metric = self.heads_NKD[~held_N], self.labels_N[~held_N], self.metric
+        assert isinstance(self.heads_NKD, Tensor)
+        heads_NKD = Rows(self.heads_NKD, (~held_N).nonzero()[:, 0])
+        labels_N, metric = self.labels_N[~held_N], self.metric
         if metric is not None:
             metric = HeadMetric.estimate(heads_NKD, labels_N, self.num_classes, metric.centre)
         return LeaveOneOut(heads_NKD, labels_N, self.num_classes, metric)

@@ -42,20 +42,23 @@ class CalmTrainer(ExtractingTrainer):
             data = ShardDataModule(recipe.urls(), *options)
         else:
             data = ClipDataModule(datamodule.asked(recipe.clips()), *options)
-        errors = self.fill(store, HeadExtraction(backbone), data)
+        errors, read = self.fill(store, HeadExtraction(backbone), data)
         if isinstance(data, ClipDataModule):
             stored = len(data.keys) - len(store.missing(data.keys))
             told = f"{stored:,} of {len(data.keys):,} clips are in {store.folder}"
         else:
             stored = len(store)
             told = f"{len(errors):,} clips or shards cannot be used; {store.folder} holds {stored:,} clips, of any set"
-        if errors and not stored:
+        if errors and not (stored if isinstance(data, ClipDataModule) else read):
             raise ValueError(f"nothing could be read: {errors[0]}" + (", and others" if len(errors) > 1 else ""))
         if self.is_global_zero:
             print(told)
 
-    def fill(self, store: HeadStore, extraction: HeadExtraction, data: ClipDataModule | ShardDataModule) -> list[str]:
-        """Let ``extraction`` write what the store lacks of the clips; return why clips of any rank cannot be used."""
+    def fill(
+        self, store: HeadStore, extraction: HeadExtraction, data: ClipDataModule | ShardDataModule
+    ) -> tuple[list[str], int]:
+        """Let ``extraction`` write what the store lacks of the clips; return why clips of any rank cannot be used, and
+        how many were."""
         progress = ExtractionProgress(shows_progress(self))
         self.callbacks = [StoreWriter(store), progress]
         self.loggers = []  # there is nothing to log, and an empty run at W&B helps nobody
@@ -72,4 +75,4 @@ class CalmTrainer(ExtractingTrainer):
             say(f"{extraction.title}: {progress.summary(self.world_size)}")
             for error in sorted(set(errors)):
                 print(f"not stored: {error}", file=sys.stderr)
-        return errors
+        return errors, total - len(errors)

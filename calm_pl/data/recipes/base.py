@@ -72,10 +72,18 @@ def make_once(root: Path, make: Callable[[Path], None]) -> None:
     """Let `make` fill the folder `root`, all or nothing: a half-made one never has the name.
 
     One process works, others wait; what a killed one left behind is begun anew.
+
+    Raises:
+        DataMissingError: the folder above cannot be made.
     """
     if root.exists():
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataMissingError(
+            f"{root.parent} cannot be made ({error.strerror}): set CALM_DATA to a folder that you may write to."
+        ) from error
     partial = root.with_name(f".{root.name}.partial")
     with FileLock(root.with_name(f".{root.name}.lock")):
         if not root.exists():

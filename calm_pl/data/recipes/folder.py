@@ -32,7 +32,10 @@ class Manifest:
 
     def prepare(self) -> None:
         if self.data_dir is None:
-            raise DataMissingError(f"the data set {self.name!r} is yours: name it with DATA_DIR (or data_dir)")
+            raise DataMissingError(
+                f"the data set {self.name!r} is yours: name it with --data.recipe.init_args.data_dir "
+                "(of `make train`: DATA_DIR)"
+            )
 
     def clips(self) -> list[Clip]:
         self.prepare()

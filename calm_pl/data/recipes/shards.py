@@ -36,7 +36,9 @@ class Shards:
         from calm_pl.data.shards import shard_urls
 
         if self.data_dir is None:
-            raise DataMissingError("shards are yours: name them with DATA_DIR (or data_dir)")
+            raise DataMissingError(
+                "shards are yours: name them with --data.recipe.init_args.data_dir (of `make train`: DATA_DIR)"
+            )
         return shard_urls(self.data_dir)
 
     def clips(self) -> list[Clip]:
