@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import yaml
 from calm_pl import cli
 from calm_pl.clip import Clip
 from calm_pl.conf import find_config
+from calm_pl.data import read_manifest, write_manifest
 from calm_pl.data.recipes import Manifest
 from calm_pl.methods.compare import Row
 from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, means, read_rows, report
@@ -185,3 +186,16 @@ def test_two_seeds_have_means_without_intervals(tmp_path, capsys):
     report(rows, tmp_path)
     shown = capsys.readouterr().out
     assert "55.0" in shown and "35.0" in shown and "-20.0" in shown and "nan" not in shown
+
+
+def test_test_clips_without_a_label_are_left_out_and_counted(tones, tiny_lalm, tmp_path, capsys):
+    clips = read_manifest(tones)
+    bare = next(i for i, clip in enumerate(clips) if clip.split == "test")
+    clips[bare] = replace(clips[bare], label=None)
+    write_manifest(clips, tmp_path / "clips.jsonl")
+    compare(
+        "--data", "manifest", "--data.recipe.init_args.data_dir", tmp_path / "clips.jsonl", "--backbone", tiny_lalm,
+        "--data.num_workers", 0, "--shots", 1, "--seeds", 1, "--out", tmp_path / "out",
+    )  # fmt: skip
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"left out: 1 clips without a label, such as {clips[bare].audio}" in said

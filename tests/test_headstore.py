@@ -298,3 +298,9 @@ def test_a_store_opens_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.Mo
     store.write(["a"], heads(1))
     monkeypatch.chdir(tmp_path)
     assert HeadStore.open(Path(store.folder.name)).missing(["a"]) == []
+
+
+def test_a_file_where_a_store_should_be_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HeadStoreError, match=r"cannot be kept in .*file \(it is a file\).*CALM_STORE"):
+        HeadStore(KEY, tmp_path / "file")

@@ -194,3 +194,9 @@ def test_every_recipe_has_a_config_and_a_place_in_the_docs() -> None:
         name.strip("` ") for line in docs.splitlines() if line.startswith("### ") for name in line[4:].split(",")
     }
     assert headings == set(RECIPES)
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataMissingError, match=r"cannot be made \(.*\): set CALM_DATA to a folder"):
+        Synthetic(data_dir=str(tmp_path / "file" / "data")).prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -11,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -248,7 +251,8 @@ def test_clips_that_are_cut_are_counted_in_every_run(tones, tiny_lalm, tmp_path)
             ["--data", "folder", "TONES", "--data.shots", "1", "--backbone", "./nowhere"],
             "neither a folder .* nor a hub id",
         ),
-        (["--data.shotz", "3"], "shotz"),
+        (["--data.shotz", "3"], "unrecognized arguments: --data.shotz 3"),
+        (["--shots", "3"], r"--shots is called --data\.shots here"),
         (["--data", "folder", "TONES", "--data.shots", "500"], "500 shots need"),
     ],
 )
@@ -258,6 +262,22 @@ def test_errors_are_one_line_that_helps(arguments, message, tones, tmp_path, mon
         calm("fit", *(f"--data.recipe.init_args.data_dir={tones}" if one == "TONES" else one for one in arguments))
     said = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0 and re.search(message, said), said
+    assert len(said.splitlines()) < 6
+
+
+def test_warnings_are_told_without_lines_of_code(tones, tiny_lalm, tmp_path):
+    data = Path(shutil.copytree(tones, tmp_path / "data"))
+    (data / "train" / "silence").mkdir()
+    told = calm_process("extract", *options(data, tiny_lalm)[:6], "--data.store", tmp_path / "heads")
+    assert told.returncode == 0 and f"calm: warning: {data}: no audio in train/silence\n" in told.stderr
+    assert "manifest.py" not in told.stderr and "read_manifest" not in told.stderr
+
+
+def test_shards_that_are_not_there_are_an_error(tiny_lalm, tmp_path):
+    pytest.importorskip("webdataset")
+    missing = ("--data.recipe.init_args.data_dir", tmp_path / "none.tar", "--data.store", tmp_path / "heads")
+    with pytest.raises(SystemExit, match=r"nothing could be read: .*none\.tar"):
+        calm("extract", "--data", "shards", *missing, "--backbone", tiny_lalm, "--trainer.accelerator", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +320,35 @@ def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path):
                 fit.send_signal(signal.SIGINT)
             said += line
     assert fit.returncode == 130 and "calm: stopped" in said and "Traceback" not in said, said
+
+
+def of_group(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getpgid(int(entry.name)) == group and (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes as Linux shows them")
+def test_two_processes_stop_together_and_say_so(tones, tiny_lalm, tmp_path):
+    """While the second one starts, the first waits for it in torch, where no Ctrl-C is heard."""
+    two_processes = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    arguments = options(tones, tiny_lalm, "--run_dir", tmp_path / "run", *two_processes)
+    command = [sys.executable, "-m", "calm_pl", "fit", *map(str, arguments)]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also below a shell whose jobs ignore it
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+    ) as fit:  # fmt: skip
+        while fit.poll() is None and len(of_group(fit.pid)) < 2:
+            time.sleep(0.1)
+        time.sleep(3)
+        os.killpg(fit.pid, signal.SIGINT)
+        _, said = fit.communicate(timeout=100)
+    assert fit.returncode in (130, -signal.SIGKILL) and "calm: stopped" in said, said
+    assert not of_group(fit.pid)
 
 
 # A garbage collection takes long enough in a fit for many a Ctrl-C to be handled in a finaliser, where Python drops it.
