@@ -30,7 +30,7 @@ class Calm(MetricSpace):
     """CALM (Mehta et al., arXiv 2602.07077) with leave-one-out prototypes and choices made on the support set
     alone.
 
-    Whatever is not given is chosen by leave-one-out accuracy, ties by likelihood.
+    Whatever is not given is chosen by cross-validated accuracy, ties by likelihood.
 
     Args:
         metric: "raw" for cosines of head outputs as published; "whitened" for cosines in the within-head
