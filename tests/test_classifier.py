@@ -135,7 +135,8 @@ def test_a_coverage_has_a_confidence_below_which_a_clip_is_unknown(classifier, l
     with pytest.raises(ValueError, match=r"coverage=0\.42.*0\.95"):
         classifier.threshold(0.42)
     classifier.save_pretrained(tmp_path)
-    files = [str(file) for file in labelled[0]]
+    between = [str(tone(tmp_path / f"{pitch}.wav", pitch)) for pitch in (350, 550, 800, 1200, 2500)]
+    files = [*map(str, labelled[0]), *between]
     assert main(["classify", str(tmp_path), "--coverage", "0.5", *files]) == 0
     said = [line.rsplit(",", 2)[1] for line in capsys.readouterr().out.splitlines()[1:]]
     confidence_N, prediction_N = classifier.predict_proba(files).max(1)

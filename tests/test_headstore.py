@@ -251,7 +251,7 @@ def test_what_killed_writers_left_is_ignored_and_removed_after_a_day(tmp_path: P
 
 def test_a_place_that_is_no_folder_is_told_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    store = HeadStore(KEY, tmp_path / "file")
+    store = HeadStore(KEY, tmp_path / "file" / "heads")
     for attempt in (store.prepare, lambda: store.write(["a"], heads(1))):
         with pytest.raises(HeadStoreError, match=r"cannot be kept in .*file.* set CALM_STORE"):
             attempt()

@@ -124,15 +124,16 @@ def check_disjoint(train: Sequence[Clip], test: Sequence[Clip], part: str = "tes
 
 
 def without_repeats(clips: Sequence[Clip]) -> list[Clip]:
-    """The clips without those that were there before: one that is there twice would vouch for itself.
+    """The clips without those that were there before: one that is there twice would vouch for itself. Asked another
+    question, a clip is another.
 
     Raises:
         ValueError: a clip is listed with different labels.
     """
-    known: dict[tuple[str, float | None, float | None], Clip] = {}
+    known: dict[tuple[object, ...], Clip] = {}
     repeated = []
     for clip in clips:
-        first = known.setdefault((clip.audio, clip.start, clip.end), clip)
+        first = known.setdefault((clip.audio, clip.start, clip.end, clip.question, clip.options), clip)
         if first.labels != clip.labels:
             raise ValueError(
                 f"{clip.audio}: is listed as {', '.join(first.labels)} and as {', '.join(clip.labels)}; where both are "

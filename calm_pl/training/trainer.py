@@ -49,7 +49,10 @@ class CalmTrainer(ExtractingTrainer):
         else:
             stored = len(store)
             told = f"{len(errors):,} clips or shards cannot be used; {store.folder} holds {stored:,} clips, of any set"
-        if errors and not (stored if isinstance(data, ClipDataModule) else read):
+        nothing = not stored
+        if isinstance(recipe, Shards) and not read:  # the store may hold what was heard of other sets alone
+            nothing |= {error.partition(": ")[0] for error in errors} >= set(recipe.urls())
+        if errors and nothing:
             raise ValueError(f"nothing could be read: {errors[0]}" + (", and others" if len(errors) > 1 else ""))
         if self.is_global_zero:
             print(told)
