@@ -40,6 +40,13 @@ def extracted(
     return store.read(store.clip_keys(clips))
 
 
+def on_gpus(devices: int, command: str, folder: Path, model: str, *more: str) -> None:
+    """Run a command of ``calm`` on so many GPUs, a process each."""
+    data = ["--data", "folder", "--data.recipe.init_args.data_dir", str(folder), "--backbone", model]
+    trainer = ["--trainer.accelerator", ACCELERATOR, "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
+    subprocess.run([sys.executable, "-m", "calm_pl", command, *data, *trainer, *more], check=True)
+
+
 @pytest.fixture(scope="module")
 def on_cpu(tones, tiny_lalm) -> torch.Tensor:
     return FrozenLALM.from_pretrained(tiny_lalm).head_outputs(read_manifest(tones))
@@ -92,10 +99,8 @@ def test_two_gpus_learn_what_one_learns(tones, tiny_lalm, tmp_path):
     found = []
     for devices in (1, 2):
         run = tmp_path / str(devices)
-        command = [sys.executable, "-m", "calm_pl", "fit", "--data", "folder", "--data.recipe.init_args.data_dir"]
-        command += [str(tones), "--backbone", tiny_lalm, "--data.store", str(tmp_path / "heads"), "--data.shots", "2"]
-        trainer = ["--trainer.accelerator", "gpu", "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
-        subprocess.run([*command, *trainer, "--run_dir", str(run)], check=True)
+        store = ("--data.store", str(tmp_path / "heads"), "--data.shots", "2", "--run_dir", str(run))
+        on_gpus(devices, "fit", tones, tiny_lalm, *store)
         found.append(json.loads((run / "results.json").read_text())["methods"])
     for method, figures in found[0].items():
         assert found[1][method]["accuracy"] == figures["accuracy"], method
@@ -106,10 +111,7 @@ def test_two_gpus_fill_the_store_that_one_fills(tones, tiny_lalm, tmp_path):
     stores = []
     for devices in (1, 2):
         root = tmp_path / str(devices)
-        command = [sys.executable, "-m", "calm_pl", "extract", "--data", "folder", "--data.recipe.init_args.data_dir"]
-        command += [str(tones), "--backbone", tiny_lalm, "--data.store", str(root), "--data.batch_size", "2"]
-        trainer = ["--trainer.accelerator", "gpu", "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
-        subprocess.run([*command, *trainer], check=True)
+        on_gpus(devices, "extract", tones, tiny_lalm, "--data.store", str(root), "--data.batch_size", "2")
         (folder,) = (path.parent for path in root.glob("*/key.json"))
         stores.append(HeadStore.open(folder))
     keys = stores[0].clip_keys(read_manifest(tones))

@@ -38,7 +38,7 @@ class LearnedWeights(MetricSpace):
 
     The score is CALM's, s[n,c] = sum over k of w[k,c] p[n,k,c]. The logits start at leave-one-out formula
     weights that all classes share; how far they may move from there, and from one another, is itself
-    cross-validated, and where moving does not help beyond all doubt the start stays. Where no
+    cross-validated, and where moving does not clearly help the start stays. Where no
     class has two clips nothing can be left out, and the start has default settings.
 
     `start` chooses, calibrates and creates the parameters, `training_loss` is one step's loss, `finish` lets go of the
