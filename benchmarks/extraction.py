@@ -43,6 +43,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import SHAPES, random_model
+from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.hooks import HeadCapture, StopForward, capture_heads
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
@@ -50,6 +51,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip, length_batches
 from calm_pl.commands.lightning import hush
 from calm_pl.headstore import HeadStore
+from calm_pl.training.batch_size import fitting_batch_size, is_out_of_memory
 from calm_pl.training.extraction import ClipDataModule, HeadExtraction, StoreWriter
 from calm_pl.training.progress import ExtractionProgress
 
@@ -277,8 +279,10 @@ def memory_curve(bench: Bench, flops_rate: float) -> list[dict[str, float]]:
             with FlopCounterMode(display=False) as counter:
                 run()
             best = max((run() for _ in range(3)), key=lambda figures: figures.clips_per_second)
-        except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-            print(f"batch of {batch_size}: {str(error).splitlines()[0]}")
+        except (torch.cuda.OutOfMemoryError, BackboneError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"batch of {batch_size:4d}: out of memory")
             break
         share = counter.get_total_flops() / batch_size * best.clips_per_second / flops_rate
         curve.append({"batch_size": batch_size, **figures_of(best), "matmul_share": share})
@@ -311,7 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 on GPU")
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=2.5)
+    parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="cores of the model, on CPU")
@@ -375,9 +379,14 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         ratios[name] = statistics.median(getattr(one[above], speed) / getattr(one[below], speed) for one in rounds)
         print(f"{name:20} {above} / {below} = {ratios[name]:.2f} (goal {goal})")
     device = bench.lalm.device
+    auto = None
+    if device.type == "cuda":
+        auto = fitting_batch_size(bench.lalm.forward, bench.lalm.processor, bench.clips)
+        print(f"batch_size: auto finds {auto}")
     flops_rate = matmul_flops(device, bench.lalm.model.dtype)
     return {
         "options": vars(options),
+        "auto_batch_size": auto,
         "machine": machine(device),
         "ways": {name: figures_of(way) for name, way in figures.items()},
         "ratios": ratios,

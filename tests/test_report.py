@@ -125,6 +125,17 @@ def test_every_plot_is_there_for_a_paper(run_folder):
         assert (run_folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_letters_that_no_font_has_are_told_once_and_not_by_matplotlib(tmp_path, capsys, recwarn):
+    """A code point for private use is in no font; class names in Chinese are where no such font is installed."""
+    strange = "rain \U000f1234"
+    predictions = [("a.wav", strange, "siren", 0.9), ("b.wav", "siren", strange, 0.9)]
+    folder = write_run(tmp_path, results(calm=0.5), predictions)
+    write_report(folder)
+    assert capsys.readouterr().err.count("no font installed here has the letters \U000f1234:") == 1
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert strange in (folder / "plots" / "confusion.svg").read_text()
+
+
 def test_a_run_of_a_sweep_shows_accuracy_over_shots_until_it_is_run_again(tmp_path):
     folders = [write_run(tmp_path / str(shots), results(shots, calm=0.1 * shots)) for shots in (1, 5)]
     comparison = Comparison(folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_weights_that_all_classes_share_are_told(tones, tiny_lalm, tmp_path, cap
     page = (tmp_path / "report.html").read_text()
     assert "All classes weigh the 16 attention heads alike" in page and "The same map for each class" not in page
     assert not (tmp_path / "plots" / "heads-by-class.svg").exists()
+
+
+def test_a_class_without_test_clips_has_no_accuracy(tones, tiny_lalm, tmp_path, capsys):
+    """Only its support clips are left; 0 would be a figure that nobody measured."""
+    shutil.copytree(tones, tmp_path / "some")
+    shutil.rmtree(tmp_path / "some" / "test" / "low")
+    calm("fit", *options(tmp_path / "some", tiny_lalm, "--run_dir", tmp_path / "run"))
+    assert cli.main(["heads", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "heads.json").read_text())
+    assert found["accuracy"]["low"] is None and found["ablation"]["high"]["low"] is None
+    assert found["accuracy"]["high"] is not None
+    assert "nan" not in capsys.readouterr().out and (tmp_path / "run" / "plots" / "ablation.png").is_file()
 
 
 def test_no_run_is_told(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     write_report(options.run)
 
     own_C = found.ablation_CC.diagonal()
-    others_C = (found.ablation_CC.sum(1) - own_C) / (len(own_C) - 1)
+    others_C = found.ablation_CC.clone().fill_diagonal_(math.nan).nanmean(1)
     console = Console()
     if run.all_trust_alike:
         print(
@@ -43,9 +44,9 @@ def main(argv: list[str]) -> int:
         caption="Change in points of accuracy when a class's heads are mean-ablated.",
     )  # fmt: skip
     for name, accuracy, own, others in zip(run.classes, found.accuracy, own_C.tolist(), others_C.tolist(), strict=True):
-        table.add_row(name, f"{100 * accuracy:.1f}", f"{100 * own:+.1f}", f"{100 * others:+.1f}")
+        table.add_row(name, _percent(accuracy), _percent(own, "+"), _percent(others, "+"))
     table.add_section()
-    table.add_row("mean", "", f"{100 * float(own_C.mean()):+.1f}", f"{100 * float(others_C.mean()):+.1f}")
+    table.add_row("mean", "", _percent(float(own_C.nanmean()), "+"), _percent(float(others_C.mean()), "+"))
     console.print(table)
     sites = sorted(found.site_share.items(), key=lambda site: -site[1])[:5]
     console.print(
@@ -54,6 +55,11 @@ def main(argv: list[str]) -> int:
     console.print(f"{run.enough_heads()} of {len(run.head_names)} heads reach 90 % of the accuracy.", highlight=False)
     print(f"all figures: {options.run / 'heads.json'}; plots: {options.run / 'report.html'}")
     return 0
+
+
+def _percent(share: float, sign: str = "") -> str:
+    """In the table; a class without test clips has none."""
+    return "" if math.isnan(share) else f"{100 * share:{sign}.1f}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from calm_pl import __version__
+from calm_pl.progress import say
 from calm_pl.report import plots
 from calm_pl.report.run import Prediction, Run, heads_for
 from calm_pl.report.sounds import Sound, embed
@@ -106,9 +107,15 @@ def draw(run: Run, redraw: bool = True) -> dict[str, Plot]:
         figures["heads-kept"] = partial(plots.heads_kept, run.heads_kept)
     if run.specialisation and "ablation" in run.specialisation and not run.all_trust_alike:
         ablation = run.specialisation["ablation"]
-        change_CC = torch.tensor([[ablation[a][c] for c in run.classes] for a in run.classes])
+        # A class without test clips has none.
+        change_CC = torch.tensor([[ablation[a][c] or 0.0 for c in run.classes] for a in run.classes])
         figures["ablation"] = partial(plots.ablation, change_CC, run.classes)
     folder = run.folder / "plots"
+    if missing := plots.missing_letters("".join(run.classes)):
+        say(
+            f"no font installed here has the letters {missing[:20]}: {folder}/*.png show boxes for them, report.html "
+            "and the .svg files do not; after installing one (Debian: fonts-noto-cjk, fonts-noto) run calm report again"
+        )
     return {
         name: _drawn(run, name) if not redraw and run.is_of_these_results(folder / f"{name}.svg")
         else Plot(inline_svg(plots.save(figure(), folder, name)), name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -18,6 +19,7 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager, get_font
 from torch import Tensor
 
 from calm_pl.report.run import CalibrationBin, ClassAccuracy
@@ -28,11 +30,18 @@ LINES = (BLUE, ORANGE, GREEN, PURPLE, "#56b4e9", "#d55e00", "#999999")
 MARKERS = "osD^vPX"
 WIDTH = 4.6  # inches: about a phone's width at the size that text is set in
 MAPS_SHOWN = 24
+# Tried in this order for letters that matplotlib's own font lacks, where they are installed.
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+    "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Segoe UI Emoji",
+)  # fmt: skip
+INSTALLED_FONTS = {font.name for font in fontManager.ttflist}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # class names may hold dollars
     "font.size": 9,
-    "font.family": "sans-serif",
+    "font.family": ["sans-serif", *(name for name in FALLBACK_FONTS if name in INSTALLED_FONTS)],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -57,7 +66,8 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write ``name.png`` and ``name.svg``, the same bytes whenever the data are the same; return the SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # see `missing_letters`
         figure.savefig(folder / f"{name}.png", dpi=200, facecolor="white", bbox_inches="tight")
         text = io.StringIO()
         figure.savefig(
@@ -65,6 +75,12 @@ def save(figure: Figure, folder: Path, name: str) -> str:
         )
     (folder / f"{name}.svg").write_text(text.getvalue())
     return text.getvalue()
+
+
+def missing_letters(text: str) -> str:
+    """Those of `text` that no font at hand has: they are boxes in a PNG; whoever shows an SVG has fonts of its own."""
+    fonts = [get_font(fontManager.findfont(FontProperties(family=[name]))) for name in STYLE["font.family"]]
+    return "".join(sorted({letter for letter in text if not any(font.get_char_index(ord(letter)) for font in fonts)}))
 
 
 @styled

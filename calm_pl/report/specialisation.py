@@ -36,7 +36,7 @@ class Specialisation:
         overlap: mean Jaccard overlap of two classes' sets.
         chance_overlap: the same for random sets of m heads.
         site_share: share of the weight in each attention block, mean over classes.
-        accuracy: of each class with all heads.
+        accuracy: of each class with all heads; NaN where it has no test clip (in JSON null), so in `ablation_CC`.
         ablation_CC: [a, c] change in the accuracy of class c when the heads of class a are mean-ablated.
         kept: number of heads kept -> accuracy; those with most weight stay, the others are mean-ablated.
         clips: test clips that this was measured on.
@@ -58,10 +58,9 @@ class Specialisation:
             "overlap": self.overlap,
             "chance_overlap": self.chance_overlap,
             "site_share": self.site_share,
-            "accuracy": dict(zip(classes, self.accuracy, strict=True)),
+            "accuracy": _by_class(classes, self.accuracy),
             "ablation": {
-                name: dict(zip(classes, row, strict=True))
-                for name, row in zip(classes, self.ablation_CC.tolist(), strict=True)
+                name: _by_class(classes, row) for name, row in zip(classes, self.ablation_CC.tolist(), strict=True)
             },
             "accuracy_with_heads_kept": self.kept,
             "clips": self.clips,
@@ -160,7 +159,7 @@ def chance_overlap(num_heads: int, size: int) -> float:
 def _accuracy(
     method: HeadClassifier, batches: Iterable[LabelledHeads], mean_KD: Tensor, ablated: Tensor, num_classes: int
 ) -> tuple[Tensor, float]:
-    """Accuracy of each class (C,), and of all clips, with some heads replaced by their mean."""
+    """Accuracy of each class (C,), NaN without clips, and of all clips, with some heads replaced by their mean."""
     right_C, total_C = torch.zeros(num_classes), torch.zeros(num_classes)
     for batch in batches:
         heads_BKD = batch.heads_BKD.clone()
@@ -171,7 +170,11 @@ def _accuracy(
         known_B = labels_B >= 0
         right_C.index_add_(0, labels_B[known_B], correct_B[known_B])
         total_C.index_add_(0, labels_B[known_B], torch.ones(int(known_B.sum())))
-    return right_C / total_C.clamp_min(1), float(right_C.sum() / total_C.sum().clamp_min(1))
+    return right_C / total_C, float(right_C.sum() / total_C.sum().clamp_min(1))
+
+
+def _by_class(classes: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in zip(classes, values, strict=True)}
 
 
 def _site_share(weights_KC: Tensor, sites: Mapping[str, int]) -> dict[str, float]:

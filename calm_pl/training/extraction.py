@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -136,19 +136,32 @@ def arithmetic(precision: str) -> str:
 
 
 class StoreWriter(BasePredictionWriter):
-    """Writes each batch's wanted head outputs to the store as soon as it is computed."""
+    """Writes each batch's wanted head outputs to the store: while a GPU computes the next batch, so that it does not
+    wait for the disk."""
 
     def __init__(self, store: HeadStore) -> None:
         super().__init__(write_interval="batch")
         self.store = store
+        self._computed: HeadBatch | None = None
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: HeadBatch | None, *_: Any
     ) -> None:
-        if prediction is None:
-            return
-        wanted = {row: key for row, key in enumerate(prediction.keys) if key is not None}
-        self.store.write(list(wanted.values()), prediction.heads_BKD[list(wanted)], prediction.head_names)
+        self._write()  # the batch before; of this one a GPU has only been told
+        if prediction is not None:
+            self._computed = replace(prediction, heads_BKD=prediction.heads_BKD.cpu())
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._write()
+
+    def on_exception(self, *_: Any) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        batch, self._computed = self._computed, None
+        if batch is not None:
+            wanted = {row: key for row, key in enumerate(batch.keys) if key is not None}
+            self.store.write(list(wanted.values()), batch.heads_BKD[list(wanted)], batch.head_names)
 
 
 class ClipDataModule(L.LightningDataModule):

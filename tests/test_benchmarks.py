@@ -1,0 +1,34 @@
+"""The benchmarks run from end to end, on little; what they measure is nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from benchmarks import extraction, fit, vote
+
+
+def test_extraction(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extraction, "RESULTS", tmp_path)
+    options = "--clips 3 --seconds 0.3 --batch-size 2 --workers 0 --rounds 1 --curve --name few"
+    monkeypatch.setattr(sys, "argv", ["extraction", *options.split()])
+    extraction.main()
+    found = json.loads((tmp_path / "few.json").read_text())
+    assert found["ways"].keys() >= {"authors_20", "authors_1", "plain", "hooked", "stopped", "ours"}
+    assert found["ratios"].keys() == {"hooks", *(name for name, *_ in extraction.GOALS)}
+    assert [point["batch_size"] for point in found["curve"]] == [1, 2]
+    assert "published, 20 trials" in capsys.readouterr().out
+
+
+def test_vote(tmp_path, monkeypatch):
+    monkeypatch.setattr(vote, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["vote", "--clips", "20", "--heads", "8", "--classes", "5", "--width", "4"])
+    vote.main()
+    assert json.loads((tmp_path / "vote.json").read_text()).keys() >= {"vote", "materialised", "ratios"}
+
+
+def test_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fit", "--sizes", "small", "--methods", "calm"])
+    fit.main()
+    assert json.loads((tmp_path / "fit.json").read_text())["small"]["calm"]["seconds"] > 0
