@@ -11,22 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from typing_extensions import Self
 
 from calm_pl import functional as F
-from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import check_support
 from calm_pl.methods.base_weights import base_weights
-from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, calibrate, temper
+from calm_pl.methods.calibration import MIN_PROBABILITY, calibrate, temper
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.hearing import Hearing
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.logistic import stratified_folds
 from calm_pl.methods.metric_space import MetricSpace, directions
-from calm_pl.methods.selection import FOLDS, judged_clips
+from calm_pl.methods.selection import judged_clips
 from calm_pl.methods.settings import ONE_SHOT, SEARCH, OneShot, Search
-from calm_pl.methods.trust import Trust, choose, cross_validate, mixture_log_likelihood
+from calm_pl.methods.shared_start import choose_start, shared_weights
+from calm_pl.methods.trust import Folds, Trust, choose, cross_validate, mixture_log_likelihood
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 PARAMETERS = ("moves_KC", "head_moves_KR", "class_moves_RC", "log_tau", "bias_C")
@@ -172,13 +171,13 @@ class LearnedWeights(MetricSpace):
             hearing = Hearing.of(prototypes_CKD, self.one_shot.heard_spread, self.one_shot.tau_of_spread)
         if self.tau is not None:
             hearing = replace(hearing, least_tau_K=torch.zeros_like(hearing.least_tau_K))
+        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         if len(clips):
-            choices = self._choose_start(heads_NKD, labels_N, num_classes, metric, clips, hearing)
+            choices = choose_start(left_out, clips, hearing, self.search, self._given(), self.evidence)
         else:
             choices = self._default_start(metric.centre, shrinkage)
         tau_K, heard_K = hearing.tau(choices["tau"]), hearing.heard_K
-        metric = metric.around(choices["centre"])
-        left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
+        left_out = left_out.around(choices["centre"])
         shrinkage, power = choices["shrinkage"], choices["tau_w"]
         base_K1 = base_weights(self.base, heads_NKD.shape[1]).to(labels_N.device)[:, None] if self.base else None
 
@@ -191,9 +190,9 @@ class LearnedWeights(MetricSpace):
             return with_base(shared_weights(posteriors_NKC, labels_N, heard_K, power), len(labels_N))
 
         if len(clips):
-            posteriors_NKC = torch.softmax(left_out.cosines(shrinkage, clips) / tau_K[:, None], -1)
-            weights_KC = start(posteriors_NKC, labels_N[clips])
-            choices |= self._choose_trust(posteriors_NKC, left_out, shrinkage, tau_K, clips, start)
+            folds = Folds.of(left_out, clips, shrinkage, tau_K)
+            weights_KC = start(folds.posteriors_NKC, folds.labels_N)
+            choices |= self._choose_trust(folds, start)
         else:
             alike_KC = F.head_weights(heard_K[:, None], "margin_clamped").expand(-1, num_classes)
             weights_KC = with_base(alike_KC, len(labels_N))
@@ -202,7 +201,7 @@ class LearnedWeights(MetricSpace):
             {"alpha": self.alpha, **choices},
             start_logits_KC=entmax_logits(weights_KC, self.alpha),
             tau_K=tau_K,
-            **self.in_metric(metric, shrinkage, self.metric_rank, prototypes_CKD),
+            **self.in_metric(metric.around(choices["centre"]), shrinkage, self.metric_rank, prototypes_CKD),
         )
         self._make_parameters(self.start_logits_KC)
         self._take_up(left_out if len(clips) else None)
@@ -234,15 +233,7 @@ class LearnedWeights(MetricSpace):
         given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _choose_trust(
-        self,
-        posteriors_NKC: Tensor,
-        left_out: LeaveOneOut,
-        shrinkage: float | str,
-        tau_K: Tensor,
-        clips: Tensor,
-        start: Callable[[Tensor, Tensor], Tensor],
-    ) -> dict[str, Any]:
+    def _choose_trust(self, folds: Folds, start: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         """How far to move from the start, cross-validated for all settings at once."""
         settings = [
             (
@@ -251,70 +242,14 @@ class LearnedWeights(MetricSpace):
             )
             for a, b in self.search.penalties
         ]
-        labels_N = left_out.labels_N[clips]
-        fold_N = stratified_folds(labels_N, FOLDS)
-        training_CNK = []
-        for fold in range(int(fold_N.max()) + 1):
-            held_N = torch.zeros_like(left_out.labels_N, dtype=torch.bool)
-            held_N[clips[fold_N == fold]] = True
-            rest = clips[fold_N != fold]
-            cosines_NKC = left_out.without(held_N).cosines(shrinkage, rest - held_N.cumsum(0)[rest])
-            training_CNK.append(torch.softmax(cosines_NKC / tau_K[:, None], -1).permute(2, 0, 1).contiguous())
-        tried = cross_validate(
-            posteriors_NKC,
-            labels_N,
-            fold_N,
-            training_CNK,
-            start,
-            list(dict.fromkeys(settings)),
-            self.search.steps if self.steps is None else (self.steps,),
-            self.alpha,
-            self.search.lr if self.lr is None else (self.lr,),
-        )
+        steps = self.search.steps if self.steps is None else (self.steps,)
+        lrs = self.search.lr if self.lr is None else (self.lr,)
+        tried = cross_validate(folds, start, list(dict.fromkeys(settings)), steps, lrs, self.alpha)
         if self.steps is not None:
             tried = [one for one in tried if one.trust.steps == self.steps]
         chosen = choose(tried, self.standard_errors)
         _, calibration = calibrate(chosen.scores_NC, chosen.labels_N)
         return {**chosen.as_dict(), "tried": len(tried), "calibration": calibration}
-
-    def _choose_start(
-        self,
-        heads_NKD: Tensor,
-        labels_N: Tensor,
-        num_classes: int,
-        metric: HeadMetric,
-        clips: Tensor,
-        hearing: Hearing,
-    ) -> dict[str, Any]:
-        """Centre, g, tau and the sharpness of the shared weights: their mean over all tried, by likelihood.
-
-        The likelihood is that of the clips left out, after calibration; the mean is geometric. With few clips many
-        settings are nearly as likely as the best, which is the best by chance: their mean is the steadier choice.
-        """
-        found = []
-        sharpest = max(2, len(labels_N) / num_classes)
-        powers = [power for power in self.search.power if 1 / power <= sharpest]
-        shrinkages = [count / (count + metric.freedom) for count in self.search.round_clips]
-        for centre in self.search.centre if self.centre is None else (self.centre,):
-            left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric.around(centre))
-            for shrinkage in shrinkages if self.shrinkage is None else (self.shrinkage,):
-                cosines_NKC = left_out.cosines(shrinkage, clips)
-                for tau in self.search.tau if self.tau is None else (self.tau,):
-                    posteriors_NKC = torch.softmax(cosines_NKC / hearing.tau(tau)[:, None], -1)
-                    reliability_NK = reliability_without(posteriors_NKC, labels_N[clips], hearing.heard_K)
-                    for power in powers:
-                        weights_NK = F.head_weights(reliability_NK.T, "margin_clamped", power).T
-                        scores_NC = torch.einsum("nkc,nk->nc", posteriors_NKC, weights_NK)
-                        setting: dict[str, Any] = {"centre": centre, "shrinkage": shrinkage, "tau": tau, "tau_w": power}
-                        found.append((setting, best_temperature(scores_NC, labels_N[clips])[1]))
-        likelihoods = torch.softmax(-self.evidence * len(clips) * torch.tensor([nll for _, nll in found]), 0)
-        likeliest, nll = min(found, key=lambda one: one[1])
-        chosen = {
-            name: float((likelihoods @ torch.tensor([setting[name] for setting, _ in found]).log()).exp())
-            for name, value in likeliest.items()
-            if not isinstance(value, str)
-        }
-        return {**chosen, **self._given(), "likeliest": {**likeliest, "loo_nll": nll}}
 
     def _make_parameters(self, start_KC: Tensor) -> None:
         (num_heads, num_classes), device = start_KC.shape, start_KC.device
@@ -419,31 +354,3 @@ class LearnedWeights(MetricSpace):
             if prefix + name in state_dict:
                 self.register_parameter(name, nn.Parameter(torch.empty_like(state_dict[prefix + name])))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def clip_trust(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor) -> Tensor:
-    """What each clip says for each head: Brier's score of its posterior, for as much as the head hears, (N, K).
-
-    A proper score, in which a head that is wrong with certainty loses more than one that is undecided. It counts from
-    1/C below nothing, so that guessing, which scores 1/C, is worth as much again.
-    """
-    score_NK = F.clip_evidence(posteriors_NKC, labels_N, "brier_softmax")
-    return (score_NK + 1 / posteriors_NKC.shape[2]) * heard_K
-
-
-def shared_weights(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor, power: float) -> Tensor:
-    """Reliabilities as weights, the same for every class: max(0, r)^(1/power) over its sum, (K, C)."""
-    reliability_K1 = clip_trust(posteriors_NKC, labels_N, heard_K).mean(0)[:, None]
-    return F.head_weights(reliability_K1, "margin_clamped", power).expand(-1, posteriors_NKC.shape[2])
-
-
-def reliability_without(posteriors_NKC: Tensor, labels_N: Tensor, heard_K: Tensor) -> Tensor:
-    """For every clip the reliabilities by the clips of all other classes, (N, K).
-
-    A clip must not choose the heads that judge it, nor may its classmates, whom a prototype judges that it is part of.
-    """
-    evidence_NK = clip_trust(posteriors_NKC, labels_N, heard_K)
-    of_class_NC = one_hot(labels_N, posteriors_NKC.shape[2]).to(evidence_NK)
-    sums_CK, counts_C = of_class_NC.T @ evidence_NK, of_class_NC.sum(0)
-    others_CK = (sums_CK.sum(0) - sums_CK) / (len(labels_N) - counts_C).clamp_min(1)[:, None]
-    return others_CK[labels_N]

@@ -42,6 +42,11 @@ class LeaveOneOut:
         self.counts_N = torch.bincount(labels_N, minlength=num_classes)[labels_N]
         self.prototypes_KCD = self._rotate(class_means(heads_NKD, labels_N, num_classes))
 
+    def around(self, centre: float) -> LeaveOneOut:
+        """The same in the metric of another centre."""
+        assert self.metric is not None
+        return LeaveOneOut(self.heads_NKD, self.labels_N, self.num_classes, self.metric.around(centre))
+
     def _rotate(self, heads_NKD: Tensor) -> Tensor:
         """Into the metric's eigenbasis, where every g is a scaling of the axes."""
         heads_KND = heads_NKD.float().transpose(0, 1)

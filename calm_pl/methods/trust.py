@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, temper
+from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.logistic import stratified_folds
+from calm_pl.methods.selection import FOLDS
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 
@@ -75,35 +78,65 @@ def choose(tried: Sequence[Tried], standard_errors: float) -> Tried:
     return next(one for one in tried if one is best or close(one))
 
 
+@dataclass(frozen=True)
+class Folds:
+    """Clips to judge by, in folds: each without itself, and for each fold what all others are without it.
+
+    Attributes:
+        posteriors_NKC: leave-one-out head posteriors.
+        labels_N: classes.
+        fold_N: the fold in which a clip is judged.
+        training_CNK: for each fold, leave-one-out posteriors of all other clips, which know nothing of the fold.
+    """
+
+    posteriors_NKC: Tensor
+    labels_N: Tensor
+    fold_N: Tensor
+    training_CNK: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, left_out: LeaveOneOut, clips: Tensor, shrinkage: float | str | None, tau_K: Tensor) -> Folds:
+        """Of these clips of a support set, stratified; the others make prototypes and metrics in every fold."""
+
+        def posteriors(left_out: LeaveOneOut, clips: Tensor) -> Tensor:
+            return torch.softmax(left_out.cosines(shrinkage, clips) / tau_K[:, None], -1)
+
+        labels_N = left_out.labels_N[clips]
+        fold_N = stratified_folds(labels_N, FOLDS)
+        training_CNK = []
+        for fold in range(int(fold_N.max()) + 1):
+            held_N = torch.zeros_like(left_out.labels_N, dtype=torch.bool)
+            held_N[clips[fold_N == fold]] = True
+            rest = clips[fold_N != fold]
+            rest_NKC = posteriors(left_out.without(held_N), rest - held_N.cumsum(0)[rest])
+            training_CNK.append(rest_NKC.permute(2, 0, 1).contiguous())
+        return cls(posteriors(left_out, clips), labels_N, fold_N, training_CNK)
+
+
 def cross_validate(
-    posteriors_NKC: Tensor,
-    labels_N: Tensor,
-    fold_N: Tensor,
-    training_CNK: Sequence[Tensor],
+    folds: Folds,
     start: Callable[[Tensor, Tensor], Tensor],
     settings: Sequence[tuple[float, float]],
     steps: Sequence[int],
-    alpha: float,
     lrs: Sequence[float],
+    alpha: float,
 ) -> list[Tried]:
     """Learn with every setting (to_start, to_shared) and step size, and judge after every number of steps.
 
     Args:
-        posteriors_NKC: leave-one-out head posteriors of the support set, to judge by.
-        labels_N: its classes.
-        fold_N: the fold in which a clip is judged.
-        training_CNK: for each fold, leave-one-out posteriors of all other clips, which know nothing of the fold.
+        folds: to learn from and to judge by.
         start: (posteriors, labels) -> weights (K, C) by formula, made from the training clips of each fold.
         settings: pairs of penalties, the strongest first.
         steps: numbers of optimiser steps after which to judge, ascending.
-        alpha: of entmax.
         lrs: step sizes of Adam.
+        alpha: of entmax.
 
     Returns:
         What was tried, from the formula itself (0 steps) to what can have moved the furthest, with calibrated
         likelihoods of the clips held out.
     """
-    num_clips, num_heads, num_classes = posteriors_NKC.shape
+    labels_N, fold_N, training_CNK = folds.labels_N, folds.fold_N, folds.training_CNK
+    num_clips, num_heads, num_classes = folds.posteriors_NKC.shape
     shape = (len(settings), len(training_CNK), num_heads, num_classes)
     labels = [labels_N[fold_N != fold] for fold in range(len(training_CNK))]
     starts = [start(part_CNK.permute(1, 2, 0), own_N) for part_CNK, own_N in zip(training_CNK, labels, strict=True)]
@@ -119,7 +152,8 @@ def cross_validate(
         scores_SNC = torch.empty(len(settings), num_clips, num_classes, device=fold_N.device)
         for fold in range(len(training_CNK)):
             held = fold_N == fold
-            scores_SNC[:, held] = torch.einsum("nkc,skc->snc", posteriors_NKC[held], weights_SPKC[:, fold])
+            held_NKC = folds.posteriors_NKC[held]
+            scores_SNC[:, held] = torch.einsum("nkc,skc->snc", held_NKC, weights_SPKC[:, fold])
         return scores_SNC
 
     def losses(weights_SPKC: Tensor) -> Tensor:
