@@ -60,5 +60,5 @@ class Pooling:
         tokens_BT = inputs.model_inputs.get("attention_mask")
         if tokens_BT is None:
             tokens_BT = torch.ones_like(inputs.model_inputs["decoder_input_ids"])
-        distance_BT = inputs.last_token_B[:, None] - torch.arange(tokens_BT.shape[1])
-        return ((distance_BT >= 0) & (distance_BT < self.last)).to(tokens_BT.device) & tokens_BT.bool()
+        distance_BT = inputs.last_token_B[:, None] - torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return (distance_BT >= 0) & (distance_BT < self.last) & tokens_BT.bool()

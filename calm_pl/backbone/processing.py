@@ -81,11 +81,15 @@ class LALMInputs:
     @property
     def clip_R(self) -> Tensor:
         """The clip that each row of features is of."""
-        clip_B = torch.arange(len(self.last_token_B))
-        return clip_B if self.windows_B is None else clip_B.repeat_interleave(self.windows_B)
+        clip_B = torch.arange(len(self.last_token_B), device=self.last_token_B.device)
+        if self.windows_B is None:
+            return clip_B
+        rows = None if self.frames_R is None else len(self.frames_R)  # else a GPU is asked how many, and waited for
+        return clip_B.repeat_interleave(self.windows_B, output_size=rows)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> LALMInputs:
-        """Move to ``device``; floating-point inputs are cast to the model's ``dtype``."""
+        """Move to ``device``, all at once: a copy in a hook would have a GPU wait in every layer. Floating-point inputs
+        are cast to the model's ``dtype``."""
 
         def move(name: str, x: Tensor) -> Tensor:
             return x.to(device, dtype if x.is_floating_point() and name not in self.exact else None, non_blocking=True)
@@ -97,8 +101,11 @@ class LALMInputs:
         return self._map(lambda name, x: x.pin_memory())
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> LALMInputs:
-        changed = {name: change(name, x) for name, x in self.model_inputs.items()}
-        return replace(self, model_inputs=changed, parts=tuple(part._map(change) for part in self.parts))
+        found = {name: getattr(self, name) for name in ("last_token_B", "frames_R", "windows_B")}
+        changed: dict[str, Any] = {name: change(name, x) for name, x in found.items() if x is not None}
+        model_inputs = {name: change(name, x) for name, x in self.model_inputs.items()}
+        parts = tuple(part._map(change) for part in self.parts)
+        return replace(self, model_inputs=model_inputs, parts=parts, **changed)
 
     def in_parts(self, run: Callable[[LALMInputs], Tensor]) -> Tensor:
         """Run every part; return the mean over the rows of each clip, in the order of this batch (B, ...)."""

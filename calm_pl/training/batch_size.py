@@ -67,7 +67,7 @@ def _halves(inputs: LALMInputs) -> list[LALMInputs] | None:
 
 def _rows(inputs: LALMInputs, rows: slice) -> LALMInputs:
     size = len(inputs.last_token_B)
-    kept_R = torch.isin(inputs.clip_R, torch.arange(size)[rows])
+    kept_R = torch.isin(inputs.clip_R, torch.arange(size, device=inputs.last_token_B.device)[rows])
     return replace(
         inputs,
         model_inputs={name: x[rows if len(x) == size else kept_R] for name, x in inputs.model_inputs.items()},
