@@ -427,3 +427,10 @@ def test_what_an_output_cannot_encode_is_escaped(monkeypatch):
     monkeypatch.setattr(cli, "_run", lambda argv: print("5 shots · Vögel", flush=True) or 0)
     assert cli.main(["report"]) == 0
     assert shown.getvalue() == b"5 shots \\xb7 V\\xf6gel\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_told_with_the_way_out(tones, tiny_lalm, tmp_path):
+    with pytest.raises(SystemExit, match="torch sees no GPU here. --trainer.accelerator auto"):
+        calm("fit", "--trainer", "gpu", "--data", "folder", "--data.recipe.init_args.data_dir", tones,
+             "--backbone", tiny_lalm, "--run_dir", tmp_path)  # fmt: skip

@@ -23,6 +23,11 @@ PLACES = {
     "--devices": "--trainer.devices", "--precision": "--trainer.precision", "--out": "--run_dir",
 }  # fmt: skip
 
+NO_GPU = (
+    "torch sees no GPU here. --trainer.accelerator auto takes what there is; with an NVIDIA GPU, see whether "
+    "nvidia-smi lists it and whether this torch was built for CUDA (python -m torch.utils.collect_env)"
+)
+
 
 def main(argv: list[str]) -> int:
     """Parse, run, and turn the errors a user can mend into one line and exit code 1."""
@@ -55,7 +60,7 @@ def run(cli: type[CalmCLI], arguments: list[str]) -> None:
     ) as error:  # fmt: skip
         if os.environ.get("CALM_DEBUG"):
             raise
-        sys.exit(f"calm: error: {error}")
+        sys.exit(f"calm: error: {NO_GPU if 'No supported gpu backend' in str(error) else error}")
 
 
 def hush() -> None:
