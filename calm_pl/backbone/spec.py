@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calm_pl.backbone.checkpoints import adapter_folder, resolve_checkpoint
 from calm_pl.backbone.pooling import Pooling
-from calm_pl.headstore import file_digest
+from calm_pl.headstore import Stamp, file_digest, file_stamp
 from calm_pl.progress import is_animated, say
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 # Read by the processor or the model; a readme may change without changing a head output.
 FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+# What trainers leave beside a checkpoint, and what people do; nobody reads it.
+UNREAD = {
+    "all_results.json", "eval_results.json", "predict_results.json", "test_results.json", "train_results.json",
+    "trainer_state.json", "LICENSE.txt", "requirements.txt",
+}  # fmt: skip
 _loaded: dict[object, FrozenLALM] = {}  # the model that was loaded last
 
 
@@ -119,12 +124,12 @@ class Backbone:
             compile=self.compile,
         )
 
-    def _state_on_disk(self) -> tuple[tuple[str, int, int], ...]:
-        """Names, sizes and times of the files that a loaded model was read from: cheaper than their digests."""
+    def _state_on_disk(self) -> tuple[tuple[str, Stamp | None], ...]:
+        """Names and stamps of the files that a loaded model was read from: cheaper than their digests."""
         checkpoint = resolve_checkpoint(self.path, self.revision)
         folders = [checkpoint] if self.adapter is None else [checkpoint, adapter_folder(self.adapter, checkpoint)]
-        files = [(str(file), file.stat()) for folder in folders for file in _read_files(folder, self.trust_remote_code)]
-        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+        files = [str(file) for folder in folders for file in _read_files(folder, self.trust_remote_code)]
+        return tuple((file, file_stamp(file)) for file in files)
 
     def clip_processor(self) -> ClipProcessor:
         """The half that workers need: no weights are read.
@@ -199,4 +204,5 @@ def _digests(folder: Path, root: str | Path | None, code: bool = False) -> dict[
 
 def _read_files(folder: Path, code: bool = False) -> list[Path]:
     suffixes = (*FINGERPRINTED, ".py") if code else FINGERPRINTED
-    return sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+    files = (file for file in folder.iterdir() if file.suffix in suffixes and file.name not in UNREAD)
+    return sorted(file for file in files if file.is_file())

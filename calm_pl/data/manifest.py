@@ -218,7 +218,7 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
             values[name] = _text(values[name], name, where)
     for name in ("audio", "video"):
         if name in values:
-            values[name] = os.path.normpath(folder / values[name])
+            values[name] = _absolute(folder / values[name])
     if "label" in values:
         if isinstance(values["label"], list):
             values["label"] = tuple(dict.fromkeys(_texts(values["label"], "label", where)))
@@ -236,6 +236,13 @@ def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
     if values.get("end", math.inf) <= values.get("start", 0.0):
         raise ManifestError(f"{where}: end {values['end']:g} s is not after start {values.get('start', 0):g} s")
     return Clip(**values)
+
+
+def _absolute(path: Path) -> str:
+    """Without `..`, which of a link to a folder is the folder that the link leads into, as `open` has it."""
+    if ".." in path.parts:
+        return os.path.join(os.path.realpath(path.parent), path.name)
+    return os.path.normpath(path)
 
 
 def _text(value: Any, name: str, where: str) -> str:

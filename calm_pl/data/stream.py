@@ -118,7 +118,7 @@ class ClipBatches(Dataset[ClipBatch]):
 
     def _check_unchanged(self, clip: Clip) -> None:
         for file in _files(clip):
-            if self.stamps.get(file) is not None and file_stamp(file) != self.stamps[file]:
+            if file in self.stamps and file_stamp(file) != self.stamps[file]:
                 raise AudioError(file, "changed while this ran; run it again when it is whole")
 
 

@@ -27,8 +27,8 @@ FOLDER = "digests"
 # A file changed again within the clock tick of its time stamps looks unchanged. Hence no file is remembered
 # while its last change is younger than the coarsest tick in use (FAT: two seconds).
 SETTLED_NS = 2_000_000_000
-SAVE_EVERY = 2048
-SHA256_HEX_LENGTH = 64
+PART = 2048
+SAVE_EVERY_SECONDS = 30.0
 
 
 class Stamp(NamedTuple):
@@ -51,31 +51,35 @@ def file_digest(path: str | Path, root: str | Path | None = None) -> str:
 def file_digests(paths: Sequence[str | Path], root: str | Path | None = None) -> list[str]:
     """SHA-256 of each file's bytes, as hex, read only when (real path, size, times) are not remembered.
 
-    A blob of the Hugging Face cache that is named by its SHA-256 is not read at all.
-
     Raises:
         OSError: a file is missing or cannot be read (the error carries its name).
     """
     memory = _Memory(store_root(root) / FOLDER)
     real_paths = _real_paths(paths)
+    saved = time.monotonic()
     with Task("looking at files", len(paths), "files", shown=_tells(len(paths))) as task:
-        for begin in range(0, len(paths), SAVE_EVERY):
-            part = real_paths[begin : begin + SAVE_EVERY]
+        for begin in range(0, len(paths), PART):
+            part = real_paths[begin : begin + PART]
             memory.learn(part)
-            memory.save()
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                memory.save()
+                saved = time.monotonic()
             task.advance(len(part))
+    memory.save()
     return [memory.digests[path] for path in real_paths]
 
 
 def _tells(count: int) -> bool:
     """Whether so many files are worth a word; of several processes on a machine, one has it."""
-    return count > SAVE_EVERY and os.environ.get("LOCAL_RANK", "0") == "0"
+    return count > PART and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _real_paths(paths: Sequence[str | Path]) -> list[str]:
     """`os.path.realpath` of each, asking the file system once a folder instead of once a file."""
     real_folder = lru_cache(maxsize=None)(os.path.realpath)
-    split = (os.path.split(os.path.abspath(path)) for path in paths)
+    here = os.getcwd()
+    # No abspath: it takes `link/..` for the link's own folder, and open() for that of what it leads to.
+    split = (os.path.split(os.path.join(here, path)) for path in paths)
     joined = (os.path.join(real_folder(folder), name) for folder, name in split)
     return [os.path.realpath(path) if os.path.islink(path) else path for path in joined]
 
@@ -96,14 +100,12 @@ class _Memory:
             *remembered, digest = self._bucket(path).get(path, [""])
             if remembered == list(stamp):
                 self.digests[path] = str(digest)
-            elif hub := _hub_digest(path):
-                self.digests[path] = hub
             else:
                 unknown[path] = stamp
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             self.digests.update(zip(unknown, pool.map(_sha256, unknown), strict=True))
         for path, stamp in unknown.items():
-            settled = time.time_ns() - max(stamp.mtime_ns, stamp.ctime_ns) > SETTLED_NS
+            settled = time.time_ns() - stamp.ctime_ns > SETTLED_NS
             if settled and _stamp(path) == stamp:
                 self._learned[_bucket_name(path)][path] = [*stamp, self.digests[path]]
 
@@ -147,12 +149,6 @@ def file_stamp(path: str) -> Stamp | None:
 def _stamp(path: str) -> Stamp:
     status = os.stat(path)
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _hub_digest(path: str) -> str | None:
-    blob = Path(path)
-    is_sha256 = len(blob.name) == SHA256_HEX_LENGTH and set(blob.name) <= set("0123456789abcdef")
-    return blob.name if is_sha256 and blob.parent.name == "blobs" else None
 
 
 def _sha256(path: str) -> str:

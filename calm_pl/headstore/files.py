@@ -111,7 +111,7 @@ def remove_abandoned(folder: Path, older_than: float = ABANDONED_SECONDS) -> int
     """Delete temporary files that killed writers left in `folder` more than `older_than` seconds ago."""
     removed = 0
     for path in folder.glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or of another user in a folder with the sticky bit
             if time.time() - path.stat().st_mtime > older_than:
                 path.unlink()
                 removed += 1

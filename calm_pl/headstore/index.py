@@ -6,8 +6,10 @@ Tensor suffixes: N clips, K heads, D head dimension.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from calm_pl.headstore.files import HeadStoreError
 from calm_pl.headstore.shard import SUFFIX, CorruptShardError, Shard, set_aside, write_shard
 
 SHARD_BYTES = 64 << 20
+BYTES_PER_KEY = 100  # in a shard's header, which safetensors limits to 100 MB
+# Of a file that is no shard, or not for us; what else may happen passes, and is no reason to compute clips again.
+UNREADABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}
 
 
 class ShardLostError(Exception):
@@ -124,8 +130,8 @@ class ShardIndex:
         self.refresh()
         group: list[str] = []
         total = 0
-        for name, shard in sorted(self._shards.items()):  # as they are now: each merge looks anew at what there is
-            size = shard.payload_bytes(self.dtype)
+        for name, shard in self._removable():  # as they are now: each merge looks anew at what there is
+            size = shard.payload_bytes(self.dtype) + BYTES_PER_KEY * len(shard.keys)
             if total + size > SHARD_BYTES:
                 self.merge(group)
                 group, total = [], 0
@@ -160,10 +166,23 @@ class ShardIndex:
             # that holds less.
             sources = hashlib.sha256("".join([*names, *keys]).encode()).hexdigest()
             merged = self.folder / f"{names[0].split('-')[0]}-{sources[:16]}{SUFFIX}"
-            self.add(write_shard(merged, keys, torch.cat(parts), head_names, durable=True))
+            try:
+                self.add(write_shard(merged, keys, torch.cat(parts), head_names, durable=True))
+            except (HeadStoreError, OSError):
+                return  # a full disk, say: all clips are held as they are
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
         self._forget(names)
+
+    def _removable(self) -> list[tuple[str, Shard]]:
+        """Shards that may be merged, by name: in a folder with the sticky bit nobody deletes what others wrote."""
+        shards = sorted(self._shards.items())
+        with contextlib.suppress(FileNotFoundError):
+            folder = self.folder.stat()
+            if folder.st_mode & stat.S_ISVTX and os.getuid() not in (0, folder.st_uid):
+                shards = [(name, shard) for name, shard in shards if shard.path.stat().st_uid == os.getuid()]
+        return shards
 
     def _by_shard(self, keys: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
         """Shard name -> (position among the keys, row in the shard) of every key."""
@@ -196,6 +215,17 @@ class ShardIndex:
         except FileNotFoundError as error:
             self._gone |= self._forget([name])
             raise ShardLostError(name) from error
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            self.corrupt.add(name)
+            self._forget([name])
+            warnings.warn(
+                f"a file of the head store that cannot be read: {self.folder / name} ({error.strerror}); whatever "
+                "clips it holds are computed again",
+                stacklevel=4,
+            )
+            raise ShardLostError(name) from error
         except CorruptShardError as error:
             self.corrupt.add(name)
             self._forget([name])
@@ -203,6 +233,6 @@ class ShardIndex:
             warnings.warn(
                 f"corrupt shard of the head store, not used any more: {aside} ({error}); its clips are missing now "
                 "and are computed again when they are next needed",
-                stacklevel=2,
+                stacklevel=4,
             )
             raise ShardLostError(name) from error

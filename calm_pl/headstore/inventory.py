@@ -43,8 +43,11 @@ def _info(folder: Path) -> StoreInfo:
         clips = len(store)
     except HeadStoreError as error:
         problem = str(error)
-    sizes = []
-    for file in folder.iterdir():
+    sizes: list[int] = []
+    files: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # somebody prunes
+        files = list(folder.iterdir())
+    for file in files:
         with contextlib.suppress(FileNotFoundError):
             sizes.append(file.stat().st_size)
     with contextlib.suppress(FileNotFoundError):

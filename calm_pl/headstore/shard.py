@@ -8,6 +8,7 @@ the checksum of that JSON text. Tensor suffixes: N clips, K heads, D head dimens
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import zlib
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from calm_pl.headstore.files import write_atomically
+from calm_pl.headstore.files import HeadStoreError, write_atomically
 
 SUFFIX = ".safetensors"
 CORRUPT_SUFFIX = ".corrupt"
@@ -106,13 +107,21 @@ def _open(path: Path) -> safe_open:
     for _ in range(ATTEMPTS):
         try:
             return safe_open(path, "pt")
-        except (FileNotFoundError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             # safetensors opens the file twice and may say "not found" of one that it only lacks the rights or
             # descriptors for; Python tells what is the matter. Where nothing is, two processes merged the same
             # shards: the file was merged further and deleted, and is there again.
-            path.open("rb").close()
+            try:
+                path.open("rb").close()
+            except OSError as told:
+                if told.errno == errno.ESTALE:  # deleted by another machine, as a network folder says it
+                    raise FileNotFoundError(errno.ENOENT, "deleted", str(path)) from told
+                raise
             reason = error
-    raise OSError(f"{path} cannot be mapped: {reason}") from reason
+    raise HeadStoreError(
+        f"{path} cannot be mapped into memory: {reason}. Where its file system cannot do that, set CALM_STORE to "
+        "a folder on another."
+    )
 
 
 _SAFETENSORS_NAME = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

@@ -41,6 +41,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # After so many writes a writer merges its own shards, which no other process is merging at the same time, and
 # only then waits for the disk: a power cut costs the last few batches, which their checksums show as torn.
 MERGE_EVERY = 32
+ATTEMPTS = 5  # at writing a shard while somebody deletes the store
 
 
 def clip_key(clip: Clip, audio_digest: str, video_digest: str | None = None) -> str:
@@ -93,8 +94,10 @@ class HeadStore:
             store = cls(about["key"], folder.parent, about["dtype"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HeadStoreError(f"{folder / KEY_FILE} cannot be read: {error}") from error
-        if store.folder != folder:
+        if about.get("format") != FORMAT:
             raise HeadStoreError(f"{folder} is of another format than this version's ({FORMAT})")
+        if store.folder != folder:
+            raise HeadStoreError(f"{folder} was renamed: nothing finds it until it is called {store.folder.name} again")
         return store
 
     def clip_keys(self, clips: Sequence[Clip]) -> list[str]:
@@ -152,7 +155,10 @@ class HeadStore:
                 self._index.refresh()
             if absent := [key for key in keys if key not in self._index]:
                 named = ", ".join(self._name(key) for key in absent[:5])
-                raise HeadStoreError(f"{len(absent)} of {len(keys)} clips are not in {self.folder}: {named}")
+                raise HeadStoreError(
+                    f"{len(absent)} of {len(keys)} clips are not in {self.folder}: {named}. If the store was pruned "
+                    "meanwhile, run this again: what is missing is computed first."
+                )
             heads_NKD = torch.empty(len(keys), self.num_heads, self.head_dim)
             with contextlib.suppress(ShardLostError):
                 self._index.gather(keys, heads_NKD)
@@ -176,9 +182,15 @@ class HeadStore:
         kept_NKD = heads_NKD.detach().to("cpu", DTYPES[self.dtype])
         self._check_finite(keys, heads_NKD, kept_NKD)
         rows = sorted({key: row for row, key in reversed(list(enumerate(keys)))}.values())
-        self.prepare()
         path = self.folder / f"{time.time_ns():020d}-{secrets.token_hex(8)}{SUFFIX}"
-        self._index.add(write_shard(path, [keys[row] for row in rows], kept_NKD[rows], head_names))
+        for attempt in range(ATTEMPTS):
+            self.prepare()
+            try:
+                self._index.add(write_shard(path, [keys[row] for row in rows], kept_NKD[rows], head_names))
+                break
+            except FileNotFoundError:  # somebody prunes the store at this moment
+                if attempt == ATTEMPTS - 1:
+                    raise
         self._unmerged.append(path.name)
         if len(self._unmerged) >= MERGE_EVERY:
             self._index.merge(self._unmerged)
@@ -192,11 +204,18 @@ class HeadStore:
             HeadStoreError: the folder cannot be written to.
         """
         make_folder(self.folder)
-        if not (self.folder / KEY_FILE).exists():
+        # Written anew where it is torn, too; the first write looks.
+        if not (self._key_file_is_whole() if not self._unmerged else (self.folder / KEY_FILE).exists()):
             about = {"format": FORMAT, "dtype": self.dtype, "key": self.key}
             write_atomically(self.folder / KEY_FILE, json.dumps(about, indent=2).encode(), durable=True)
         if not self._unmerged:
             remove_abandoned(self.folder)
+
+    def _key_file_is_whole(self) -> bool:
+        try:
+            return bool(json.loads((self.folder / KEY_FILE).read_bytes()))
+        except (OSError, ValueError):
+            return False
 
     def compact(self) -> None:
         """Merge small shards into larger ones and drop duplicates. Safe beside readers and writers; where the folder
