@@ -121,7 +121,8 @@ def _continuations(lalm: FrozenLALM, mask: Tensor, cache: object, first_BV: Tens
     """Scores (B, C) of some labels after one prompt whose cache is left as it was."""
     B, (C, T) = len(first_BV), tokens_CT.shape
     real_CT = tokens_CT >= 0
-    log_p_BCT = torch.empty(B, C, T, device=first_BV.device)
+    # Of this dtype, whatever the default one is: precision bf16-true makes that bfloat16.
+    log_p_BCT = torch.empty(B, C, T, device=first_BV.device, dtype=torch.float32)
     log_p_BCT[:, :, 0] = first_BV[:, tokens_CT[:, 0]]
     if T > 1:
         shared = copy.deepcopy(cache)

@@ -84,6 +84,6 @@ def _from_hub(hub_id: str, revision: str | None, patterns: Sequence[str] = CHECK
     except (LocalEntryNotFoundError, OSError) as error:
         raise HubUnreachable(
             f"{hub_id} is not in the local cache and https://huggingface.co/{hub_id} cannot be reached. On a machine "
-            f"with a network run `hf download {hub_id} --local-dir DIR`, copy DIR here, and give its path as the "
-            f"backbone. ({error})"
+            f"with a network run `hf download {hub_id} --local-dir DIR`, copy DIR here, and give its path instead of "
+            f"the name. ({error})"
         ) from error

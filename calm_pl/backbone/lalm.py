@@ -6,8 +6,9 @@ Shapes: N clips, B batch, K heads in all, D head dimension.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -140,17 +141,21 @@ class FrozenLALM:
         processor = ClipProcessor(
             checkpoint, config, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
         )
+        where = placement(device, device_map, quantization, dtype, adapter)
+        folder = None if adapter is None else adapter_folder(adapter, checkpoint)
         try:
-            model = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 checkpoint,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
-                **placement(device, device_map, quantization, dtype),
+                output_loading_info=True,
+                **where,
             )
+            model, told = loaded
             if device_map is None and quantization is None:
-                model.to(device)  # type: ignore[arg-type]
+                model.to(device)
         except torch.cuda.OutOfMemoryError as error:
             raise BackboneError(
                 f"{path_or_hub_id} does not fit on {device} in {dtype}: use dtype bfloat16, quantization 4bit, "
@@ -158,9 +163,14 @@ class FrozenLALM:
             ) from error
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise BackboneError(f"the weights of {path_or_hub_id} cannot be loaded: {error}") from error
-        if adapter is not None:
-            load_adapter(model, adapter_folder(adapter, checkpoint))
         lalm = cls(model, processor, heads, layers, pooling)
+        if absent := _random_weights(model, told["missing_keys"]):
+            raise BackboneError(
+                f"{path_or_hub_id} lacks {len(absent)} weights that heads are read behind, such as {absent[0]}: they "
+                "would be random. The checkpoint is not whole, or of another model than its config says."
+            )
+        if folder is not None:
+            load_adapter(model, folder)
         if compile:
             compile_layers(model, lalm.sites)
         return lalm
@@ -211,6 +221,13 @@ class FrozenLALM:
             inputs = self.processor(chosen, [self.processor.load(clip) for clip in chosen])
             heads_NKD[batch] = self.forward(inputs).cpu()
         return heads_NKD
+
+
+def _random_weights(model: PreTrainedModel, missing: Collection[str]) -> list[str]:
+    """Of weights that the checkpoint lacks, those that are run: all but the language-model head's."""
+    head = model.get_output_embeddings()
+    unread = set() if head is None else {id(weight) for weight in head.parameters()}
+    return sorted(name for name, weight in model.named_parameters() if name in missing and id(weight) not in unread)
 
 
 def as_clip(clip: ClipLike) -> Clip:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from calm_pl.backbone.errors import BackboneError
@@ -15,13 +16,19 @@ Quantization = Literal["4bit", "8bit"]
 
 
 def placement(
-    device: str | torch.device, device_map: str | None, quantization: Quantization | None, dtype: torch.dtype
+    device: str | torch.device,
+    device_map: str | None,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that say where weights go and in how many bits; none for a plain load.
 
     Raises:
         BackboneError: a package that this needs is missing, or ``quantization`` is unknown.
     """
+    if adapter is not None:
+        _need("peft", "adapter")
     arguments: dict[str, Any] = {}
     if device_map is not None or quantization is not None:
         _need("accelerate", "device_map and quantization")
@@ -43,13 +50,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Put a LoRA adapter into ``model``; heads are then read behind it.
 
     Raises:
-        BackboneError: peft is missing, or the adapter does not fit the model.
+        BackboneError: the adapter cannot be read, or does not fit the model in every weight: transformers would leave
+            out what has no place, and keep at random what has no value.
     """
-    _need("peft", "adapter")
     try:
-        model.load_adapter(str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+        found = model.load_adapter(str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BackboneError(f"the adapter {folder} cannot be loaded into {type(model).__name__}: {error}") from error
+    if odd := sorted({*found.missing_keys, *found.unexpected_keys}):
+        raise BackboneError(
+            f"the adapter {folder} was made for another model than {type(model).__name__}, or is of a kind that "
+            f"transformers cannot load: {len(odd)} of its weights and places do not meet, such as {odd[0]}"
+        )
 
 
 def _need(package: str, what: str) -> None:

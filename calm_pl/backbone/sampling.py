@@ -48,7 +48,7 @@ def sampled_votes(
     answers = lalm.processor.tokenizer.batch_decode(
         tokens_RT[:, inputs.last_token_B.max() + 1 :], skip_special_tokens=True
     )
-    votes_BV = torch.zeros(len(inputs.last_token_B), len(labels) + 1)
+    votes_BV = torch.zeros(len(inputs.last_token_B), len(labels) + 1, dtype=torch.float32)
     for row, answer in enumerate(answers):
         named = named_labels(answer, labels)
         votes_BV[row // trials, named[0] if named else len(labels)] += 1

@@ -90,10 +90,14 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from calm_pl.headstore import store_root
     from calm_pl.headstore.inventory import list_stores
 
     unsound = 0
-    for info in list_stores(arguments.root):
+    stores = list_stores(arguments.root)
+    if not stores:
+        print(f"there are no stores in {store_root(arguments.root)}")
+    for info in stores:
         corrupt = info.store.verify() if info.store is not None else 1
         clips = len(info.store) if info.store is not None else 0
         print(f"{info.folder.name}: {clips:,} clips sound, {corrupt} corrupt files {info.problem}".rstrip())
@@ -108,6 +112,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     from calm_pl.headstore.inventory import delete, least_recently_used, list_stores, tidy
 
     stores = list_stores(arguments.root)
+    if arguments.key is not None and not any(info.folder.name.startswith(arguments.key) for info in stores):
+        print(f"no store's name begins with {arguments.key}; calm store ls shows them", file=sys.stderr)
+        return 1
     doomed = least_recently_used(stores, arguments.max_size) if arguments.max_size is not None else []
     for info in stores:
         old = arguments.older_than is not None and time.time() - info.last_use > arguments.older_than * DAY_SECONDS

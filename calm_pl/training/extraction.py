@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from calm_pl.audio import AudioError
+from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
@@ -78,6 +79,11 @@ class HeadExtraction(L.LightningModule):
     def lalm(self) -> FrozenLALM:
         """The loaded backbone, on this rank's device, in the dtype that the Trainer's precision asks for."""
         if self._lalm is None:
+            if self.backbone.device_map is not None and self.trainer.world_size > 1:
+                raise BackboneError(
+                    f"device_map={self.backbone.device_map} spreads a model over the GPUs of one process, and "
+                    f"{self.trainer.world_size} run here: use --trainer gpu, or leave device_map out."
+                )
             device = self.trainer.strategy.root_device
             self._lalm = self.backbone.load(weights_dtype(self.trainer.precision), str(device))
         return self._lalm
@@ -110,7 +116,7 @@ class HeadExtraction(L.LightningModule):
     def heads_of(self, batch: ClipBatch) -> Tensor:
         """Head outputs of a batch's clips; of none, 0 x K x D."""
         if batch.inputs is None:
-            return torch.empty(0, self.lalm.num_heads, self.lalm.head_dim)
+            return torch.empty(0, self.lalm.num_heads, self.lalm.head_dim, dtype=torch.float32)
         return self.read(batch.inputs)
 
     def vectors(self, inputs: LALMInputs) -> Tensor:

@@ -16,6 +16,7 @@ from calm_pl.training.extraction import (
     ShardDataModule,
     StoreWriter,
     arithmetic,
+    unusable_clips,
 )
 from calm_pl.training.module import CalmModule
 from calm_pl.training.progress import ExtractionProgress, shows_progress
@@ -32,6 +33,7 @@ class CalmTrainer(ExtractingTrainer):
 
         Raises:
             ValueError: not a single clip can be used.
+            HeadStoreError: the store lacks a clip that can be used.
         """
         recipe, backbone = datamodule.recipe, datamodule.backbone
         store = datamodule.make_store(arithmetic(self.precision))
@@ -44,6 +46,7 @@ class CalmTrainer(ExtractingTrainer):
             data = ClipDataModule(datamodule.asked(recipe.clips()), *options)
         errors, read = self.fill(store, HeadExtraction(backbone), data)
         if isinstance(data, ClipDataModule):
+            unusable_clips(data)  # which ends the run where a clip can be used, and another node keeps it to itself
             stored = len(data.keys) - len(store.missing(data.keys))
             told = f"{stored:,} of {len(data.keys):,} clips are in {store.folder}"
         else:

@@ -98,7 +98,7 @@ class ZeroShot(HeadExtraction):
 
     def _mentions(self, answer: str) -> Tensor:
         """For each class 1, 1/2, 1/3, ... in the order in which the answer names them, else 0; then its letter (V)."""
-        mentions_V = torch.zeros(len(self.classes) + self.num_letters)
+        mentions_V = torch.zeros(len(self.classes) + self.num_letters, dtype=torch.float32)
         for rank, index in enumerate(named_labels(answer, self.classes)):
             mentions_V[index] = 1 / (1 + rank)
         letter = leading_letter(answer)
