@@ -381,7 +381,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     device = bench.lalm.device
     auto = None
     if device.type == "cuda":
-        auto = fitting_batch_size(bench.lalm.forward, bench.lalm.processor, bench.clips)
+        auto = fitting_batch_size(bench.lalm.forward, bench.lalm.processor, bench.clips, device)
         print(f"batch_size: auto finds {auto}")
     flops_rate = matmul_flops(device, bench.lalm.model.dtype)
     return {

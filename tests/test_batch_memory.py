@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest
+from calm_pl.data.stream import ClipBatches, stream_loader
 from calm_pl.headstore import HeadStore
-from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
+from calm_pl.training.batch_size import fitting_batch_size, is_out_of_memory, run_in_halves
 from calm_pl.training.extraction import HeadExtraction, extract_missing
 from tests.conftest import tone
 from tests.extracting import trainer
@@ -84,7 +87,9 @@ def test_what_does_not_fit_alone_is_an_error(small_gpu, tones, tiny_lalm, tmp_pa
 def test_the_largest_batch_that_fits_is_found(small_gpu, tones, tmp_path):
     (tmp_path / "longest but empty.wav").write_bytes(b"")
     clips = [*read_manifest(tones), Clip(str(tmp_path / "longest but empty.wav"))]
-    assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips) == 2
+    here = torch.device("cpu")
+    assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips, here) == 2
+    assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips, here, largest=1) == 1
 
 
 def test_auto_is_a_constant_on_cpu(unbroken, tones, tiny_lalm, tmp_path):
@@ -94,3 +99,36 @@ def test_auto_is_a_constant_on_cpu(unbroken, tones, tiny_lalm, tmp_path):
     extract_missing(trainer(), clips, HeadExtraction(backbone), eight, batch_size=8)
     keys = auto.clip_keys(clips)
     assert torch.equal(auto.read(keys), eight.read(keys))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_out_of_memory_is_known_in_other_words(words):
+    assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(RuntimeError("shapes do not meet"))
+
+
+def test_auto_goes_on_with_the_batches_of_the_run_before(unbroken, tones, tiny_lalm, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("the cat pulled the plug")
+
+    clips, backbone = read_manifest(tones), Backbone(tiny_lalm)
+    store = HeadStore(backbone.store_key(), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the cat"):
+        patch.setattr(HeadExtraction, "vectors", broken)
+        extract_missing(trainer(), clips, HeadExtraction(backbone), store, batch_size=2)
+    extract_missing(trainer(), clips, HeadExtraction(backbone), store, batch_size="auto")
+    assert torch.equal(store.read(store.clip_keys(clips)), unbroken)
+
+
+def test_workers_may_have_as_many_files_open_as_there_can_be(tones, tiny_lalm):
+    """Clips that no two of may share a batch are tensors of their own, and each is an open file on its way."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(least, 256), most))
+    stream_loader(ClipBatches(read_manifest(tones), [], [], [], Backbone(tiny_lalm)), num_workers=1)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most

@@ -120,10 +120,7 @@ def _mean_of_unfolded_frames(x_RTE: Tensor, inputs: LALMInputs) -> Tensor:
 
 def _mean_of_packed_frames(x_TE: Tensor, inputs: LALMInputs) -> Tensor:
     """Omni's encoders lay the clips of a batch behind one another, without padding."""
-    assert inputs.audio_BT is not None and inputs.frames_R is not None
-    # An encoder layer has one position per audio token, or one per two mel frames before a last pooling.
-    lengths = (inputs.audio_BT.sum(1).tolist(), ((inputs.frames_R + 1) // 2).tolist())
-    length_B = next((length_B for length_B in lengths if sum(length_B) == len(x_TE)), None)
+    length_B = next((length_B for length_B in inputs.packed_lengths if sum(length_B) == len(x_TE)), None)
     if length_B is None:
         raise BackboneError(
             f"the audio encoder packs {len(x_TE)} positions, which fit neither the audio tokens nor the frames of "

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -87,12 +88,20 @@ class LALMInputs:
         rows = None if self.frames_R is None else len(self.frames_R)  # else a GPU is asked how many, and waited for
         return clip_B.repeat_interleave(self.windows_B, output_size=rows)
 
+    @cached_property
+    def packed_lengths(self) -> tuple[list[int], list[int]]:
+        """Positions of each clip where an encoder packs the batch: one per audio token, or one per two mel frames
+        before a last pooling. Counted once a batch: to ask a GPU is to wait for it."""
+        assert self.audio_BT is not None and self.frames_R is not None
+        return self.audio_BT.sum(1).tolist(), ((self.frames_R + 1) // 2).tolist()
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> LALMInputs:
         """Move to ``device``, all at once: a copy in a hook would have a GPU wait in every layer. Floating-point inputs
         are cast to the model's ``dtype``."""
 
         def move(name: str, x: Tensor) -> Tensor:
-            return x.to(device, dtype if x.is_floating_point() and name not in self.exact else None, non_blocking=True)
+            x = x.to(device, non_blocking=True)  # first: a copy that casts does so on the CPU, out of unpinned memory
+            return x.to(dtype) if x.is_floating_point() and name not in self.exact else x
 
         return self._map(move)
 
@@ -110,9 +119,10 @@ class LALMInputs:
     def in_parts(self, run: Callable[[LALMInputs], Tensor]) -> Tensor:
         """Run every part; return the mean over the rows of each clip, in the order of this batch (B, ...)."""
         rows = torch.cat([run(part) for part in self.parts])
-        clip = torch.tensor(self.order, device=rows.device)
-        sums = rows.new_zeros(len(self.last_token_B), *rows.shape[1:]).index_add(0, clip, rows)
-        return sums / clip.bincount().view(-1, *[1] * (rows.ndim - 1))
+        clip = torch.tensor(self.order)
+        counts = clip.bincount().view(-1, *[1] * (rows.ndim - 1)).to(rows.device)
+        sums = rows.new_zeros(len(self.last_token_B), *rows.shape[1:]).index_add(0, clip.to(rows.device), rows)
+        return sums / counts
 
 
 class ClipProcessor:

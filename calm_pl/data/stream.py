@@ -7,6 +7,8 @@ they give the same numbers.
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple, TypeVar
@@ -226,6 +228,8 @@ def _size(medium: Media) -> int:
 
 def stream_loader(batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False) -> DataLoader[ClipBatch]:
     """A loader over whole batches; workers decode ahead while the model computes."""
+    if num_workers:
+        allow_open_files()
     return DataLoader(
         batches,
         batch_size=None,
@@ -233,6 +237,13 @@ def stream_loader(batches: Dataset[ClipBatch], num_workers: int, pin_memory: boo
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
     )
+
+
+def allow_open_files() -> None:
+    """Ask for as many open files as the system lets a process have: each tensor on its way from a worker is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def of_all_ranks(items: list[T]) -> list[T]:

@@ -61,6 +61,12 @@ def planned_batches(
     return batches
 
 
+def unfinished_batch_size(folder: Path, wanted: Container[str]) -> int | None:
+    """The batch size of the oldest plan with one of these clips; None where there is none."""
+    sizes = (size for _, size, planned in _plans(folder) if any(key in wanted for batch in planned for key in batch))
+    return next(sizes, None)
+
+
 def _plans(folder: Path) -> Iterator[tuple[Path, int, list[list[str]]]]:
     """Every plan in a folder, the oldest first: path, batch size, batches. Torn ones, and too old ones, are deleted."""
     paths = sorted(folder.glob(f"{PREFIX}*.json"))

@@ -28,7 +28,7 @@ from calm_pl.headstore.files import (
     write_atomically,
 )
 from calm_pl.headstore.index import ShardIndex, ShardLostError
-from calm_pl.headstore.plans import planned_batches
+from calm_pl.headstore.plans import planned_batches, unfinished_batch_size
 from calm_pl.headstore.shard import SUFFIX, Shard, write_shard
 
 if TYPE_CHECKING:
@@ -142,6 +142,10 @@ class HeadStore:
         Call `prepare` first: without the folder nothing is written down.
         """
         return planned_batches(self.folder, keys, wanted, batch_size, split, self._index)
+
+    def unfinished_batch_size(self, keys: Sequence[str], wanted: Sequence[int]) -> int | None:
+        """The batch size of the oldest plan that holds one of the wanted clips; None where none does."""
+        return unfinished_batch_size(self.folder, {keys[index] for index in wanted})
 
     def read(self, keys: Sequence[str]) -> Tensor:
         """Head outputs in the order of `keys`: N x K x D float32, gathered from memory-mapped shards.

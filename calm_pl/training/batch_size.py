@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from calm_pl.audio import AudioError
@@ -30,14 +31,19 @@ def run_in_halves(run: Pass, inputs: LALMInputs, tell: Callable[[int], None]) ->
         tell: is called with the size of each batch that did not fit.
 
     Raises:
-        BackboneError, torch.cuda.OutOfMemoryError: memory does not suffice for one clip.
+        BackboneError: memory does not suffice for one clip.
     """
     try:
         return run(inputs)
-    except (BackboneError, torch.cuda.OutOfMemoryError) as error:
-        parts = _halves(inputs) if is_out_of_memory(error) else None
-        if parts is None:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
+        parts = _halves(inputs)
+        if parts is None:
+            raise BackboneError(
+                f"out of memory with a batch of {len(inputs.last_token_B)} clips, which cannot be halved: use "
+                "--trainer.precision bf16-true, --data.backbone.quantization 4bit, or a larger GPU."
+            ) from error
     # Outside of the except clause, whose traceback keeps the tensors of the failed pass.
     torch.cuda.empty_cache()
     tell(len(inputs.last_token_B))
@@ -45,8 +51,9 @@ def run_in_halves(run: Pass, inputs: LALMInputs, tell: Callable[[int], None]) ->
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory ended, said by torch itself or in other words."""
-    return any(isinstance(e, torch.cuda.OutOfMemoryError) for e in (error, error.__cause__))
+    """Whether a GPU's memory ended, said by torch itself, in our words, or by one of CUDA's libraries."""
+    causes = [e for e in (error, error.__cause__) if e is not None]
+    return any(is_oom_error(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e) for e in causes)
 
 
 def _halves(inputs: LALMInputs) -> list[LALMInputs] | None:
@@ -77,15 +84,22 @@ def _rows(inputs: LALMInputs, rows: slice) -> LALMInputs:
     )
 
 
-def fitting_batch_size(run: Pass, processor: ClipProcessor, clips: Sequence[Clip]) -> int:
-    """The largest power of two of copies of the longest clip that `run` has memory for, with a margin; at least 1."""
+def fitting_batch_size(
+    run: Pass, processor: ClipProcessor, clips: Sequence[Clip], device: torch.device, largest: int = LARGEST_BATCH
+) -> int:
+    """The largest power of two of copies of the longest clip that `run` has memory for, with a margin; at least 1.
+
+    Args:
+        device: whose memory it is.
+        largest: no more than this is tried.
+    """
     longest = _longest(processor, clips)
     if longest is None:
         return 1
     clip, media = longest
-    ballast = _ballast()
+    ballast = _ballast(device)
     size = 1
-    while size < LARGEST_BATCH and _fits(run, processor([clip] * (2 * size), [media] * (2 * size))):
+    while 2 * size <= largest and _fits(run, processor([clip] * (2 * size), [media] * (2 * size))):
         size *= 2
     del ballast
     return size
@@ -100,18 +114,18 @@ def _longest(processor: ClipProcessor, clips: Sequence[Clip]) -> tuple[Clip, lis
     return None
 
 
-def _ballast() -> Tensor | None:
+def _ballast(device: torch.device) -> Tensor | None:
     """Memory kept back while trying."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return None
-    free_bytes, _ = torch.cuda.mem_get_info()
-    return torch.empty(int(MARGIN * free_bytes), dtype=torch.uint8, device="cuda")
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return torch.empty(int(MARGIN * free_bytes), dtype=torch.uint8, device=device)
 
 
 def _fits(run: Pass, inputs: LALMInputs) -> bool:
     try:
         run(inputs)
-    except (BackboneError, torch.cuda.OutOfMemoryError) as error:
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     else:

@@ -34,7 +34,7 @@ from calm_pl.data.stream import (
 )
 from calm_pl.headstore import HeadStore, HeadStoreError, Stamp
 from calm_pl.progress import say
-from calm_pl.training.batch_size import fitting_batch_size, run_in_halves
+from calm_pl.training.batch_size import LARGEST_BATCH, fitting_batch_size, run_in_halves
 from calm_pl.training.progress import ExtractionProgress, shows_progress
 
 # What the Trainer's precision means for frozen weights; under "-mixed" they stay float32 and autocast does the rest.
@@ -47,6 +47,7 @@ PRECISION_DTYPES = {
 }
 
 
+BATCHES_EACH = 4  # that `batch_size: auto` leaves at least to every worker of every rank, where there are clips enough
 LOOK_AGAIN_AFTER = (0, 5, 20)  # seconds, for what other nodes wrote to a network folder
 
 
@@ -149,13 +150,17 @@ class StoreWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.store = store
         self._computed: HeadBatch | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: HeadBatch | None, *_: Any
     ) -> None:
         self._write()  # the batch before; of this one a GPU has only been told
         if prediction is not None:
-            self._computed = replace(prediction, heads_BKD=prediction.heads_BKD.cpu())
+            heads_BKD, device = prediction.heads_BKD, prediction.heads_BKD.device
+            on_gpu = device.type == "cuda"
+            self._computed = replace(prediction, heads_BKD=heads_BKD.to("cpu", non_blocking=on_gpu))
+            self._copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
 
     def on_predict_end(self, *_: Any) -> None:
         self._write()
@@ -166,6 +171,8 @@ class StoreWriter(BasePredictionWriter):
     def _write(self) -> None:
         batch, self._computed = self._computed, None
         if batch is not None:
+            if self._copied is not None:
+                self._copied.synchronize()
             wanted = {row: key for row, key in enumerate(batch.keys) if key is not None}
             self.store.write(list(wanted.values()), batch.heads_BKD[list(wanted)], batch.head_names)
 
@@ -235,10 +242,19 @@ class ClipDataModule(L.LightningDataModule):
         self.batches = []
         if not self.wanted:
             return
-        size = chosen_batch_size(trainer, extraction, self.clips) if self.batch_size == "auto" else self.batch_size
+        size = self._size(trainer, extraction) if self.batch_size == "auto" else self.batch_size
         if trainer.is_global_zero:
             self.batches = self.store.planned_batches(self.keys, self.wanted, size, lambda new: self._split(new, size))
         self.batches = trainer.strategy.broadcast(self.batches)
+
+    def _size(self, trainer: L.Trainer, extraction: L.LightningModule) -> int:
+        """What `auto` is. A run that goes on after a kill takes the size of the one before it, and so its batches; and
+        no size leaves a rank or one of its workers without a few batches of the whole set."""
+        unfinished = self.store.unfinished_batch_size(self.keys, self.wanted)
+        if unfinished := trainer.strategy.broadcast(unfinished):
+            return unfinished
+        share = len(self.clips) // (BATCHES_EACH * trainer.world_size * max(1, self.num_workers))
+        return chosen_batch_size(trainer, extraction, self.clips, max(DEFAULT_BATCH_SIZE, share))
 
     def _split(self, positions: list[int], size: int) -> list[list[int]]:
         batches = length_batches([self.clips[index] for index in positions], size)
@@ -276,7 +292,10 @@ class ShardDataModule(L.LightningDataModule):
         self.urls = urls
         self.backbone = backbone
         self.store = store
-        self.batch_size = DEFAULT_BATCH_SIZE if batch_size == "auto" else batch_size
+        if batch_size == "auto":
+            say(f"batch size: {DEFAULT_BATCH_SIZE}; of a stream, whose longest clip is not known, auto finds none")
+            batch_size = DEFAULT_BATCH_SIZE
+        self.batch_size = batch_size
         self.num_workers = num_workers
 
     def predict_dataloader(self) -> DataLoader[ClipBatch]:
@@ -291,12 +310,15 @@ def _on_gpu(trainer: L.Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
 
 
-def chosen_batch_size(trainer: L.Trainer, extraction: L.LightningModule, clips: Sequence[Clip]) -> int:
-    """What ``batch_size: auto`` stands for: rank 0 finds it, and all ranks take the same."""
+def chosen_batch_size(trainer: L.Trainer, extraction: L.LightningModule, clips: Sequence[Clip], largest: int) -> int:
+    """What ``batch_size: auto`` stands for: rank 0 finds it, as the clips will be run, and all ranks take the same."""
     assert isinstance(extraction, HeadExtraction)
     size = DEFAULT_BATCH_SIZE
     if clips and _on_gpu(trainer) and trainer.is_global_zero:
-        size = fitting_batch_size(extraction.vectors, extraction.lalm.processor, clips)
+        device = trainer.strategy.root_device
+        lalm, largest = extraction.lalm, min(largest, LARGEST_BATCH)
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            size = fitting_batch_size(extraction.vectors, lalm.processor, clips, device, largest)
         say(f"batch size: {size}")
     return trainer.strategy.broadcast(size)
 

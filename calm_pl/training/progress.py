@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from calm_pl.data.labelled import LabelledHeads
@@ -103,6 +104,11 @@ def _clips_of_this_rank(trainer: L.Trainer, part: str) -> int | None:
     return None if data.streams else -(-len(data.usable(part)) // trainer.world_size)
 
 
+def is_computing(device: torch.device) -> bool:
+    """Whether a GPU has not done yet what it was told."""
+    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
+
+
 class ExtractionProgress(Callback):
     """Clips done, clips/s, time left; and how long the model waited for decoded clips.
 
@@ -139,12 +145,14 @@ class ExtractionProgress(Callback):
         total = getattr(getattr(trainer, "datamodule", None), "clips_of_this_rank", None)
         self._task = Task(getattr(pl_module, "title", ""), total, "clips", self.enabled and total != 0)
 
-    def on_predict_batch_start(self, *_: Any) -> None:
+    def on_predict_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         now = time.perf_counter()
         if self._began is None:
             self._began, self.startup_seconds = now, now - self._idle_since
         else:
-            self._waited += now - self._idle_since
+            # A GPU that is still computing the batch before did not wait.
+            if not is_computing(trainer.strategy.root_device):
+                self._waited += now - self._idle_since
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ClipBatch, *_: Any
