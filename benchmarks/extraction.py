@@ -364,6 +364,11 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         compiled = replace(bench.backbone, compile=True).load(options.dtype, options.device)
         ways["compiled"] = replace(bench, lalm=compiled).forward("stopped")
         ways["compiled"]()  # compiles
+    if len(length_batches(bench.clips, bench.batch_size)) < 4 * bench.num_workers:
+        print(
+            f"few batches for {bench.num_workers} workers: most are decoded before the first one is there, and that "
+            "time is not counted in `ours`; give more --clips"
+        )
     bench.forward("plain")()  # warms up
     rounds = [{name: way() for name, way in ways.items()} for _ in range(options.rounds)]
     figures = {name: median([one[name] for one in rounds]) for name in ways}

@@ -174,8 +174,10 @@ class ExtractionProgress(Callback):
         """Clips, speed, and the share of time that the model waited for decoded clips, on this rank."""
         if not self.clips:
             return "nothing was missing"
+        # Whoever has few batches for many workers decodes most of them meanwhile.
+        first = f" after the first batch, which took {self.startup_seconds:.0f} s" if self.startup_seconds > 5 else ""
         where = "" if world_size == 1 else f" on the first of {world_size} ranks"
         return (
             f"{self.clips:,} clips{where}, {self.clips_per_second:.1f} clips/s; "
-            f"the model waited for audio {self.waited_share:.0%} of the time"
+            f"the model waited for audio {self.waited_share:.0%} of the time{first}"
         )
