@@ -110,6 +110,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         self.streamed: dict[int, Clip] = {}
         self.stream_errors: list[str] = []
         self.streamed_cut = 0
+        self.streamed_past = 0
 
     # What there is
 
@@ -304,8 +305,8 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         size = DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
         share = (self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        self.streamed, self.stream_errors, self.streamed_cut = {}, [], 0
-        batches = ShardBatches(self.recipe.urls(), self.backbone, size, share=share)
+        self.streamed, self.stream_errors, self.streamed_cut, self.streamed_past = {}, [], 0, 0
+        batches = ShardBatches(self.recipe.urls(), self.backbone, size, share=share, split="test")
         return stream_loader(batches, self.num_workers, pin_memory=on_gpu)
 
     def expect(self, classes: Sequence[str]) -> None:
@@ -322,6 +323,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         assert self.trainer is not None
         self.stream_errors += batch.errors
         self.streamed_cut += batch.cut
+        self.streamed_past += batch.left_out
         indices: list[int] = []
         labels_BC = torch.zeros(len(batch.clips), len(self.classes), dtype=torch.uint8)
         for clip, labels_C in zip(batch.clips, labels_BC, strict=True):
@@ -337,10 +339,19 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         return LabelledHeads(torch.tensor(indices, dtype=torch.long), heads_BKD, labels_BC)
 
     def gather_streamed(self) -> None:
-        """Tell all ranks of all clips that were streamed. A collective call."""
+        """Tell all ranks of all clips that were streamed. A collective call.
+
+        Raises:
+            ValueError: there are none.
+        """
         self.streamed = dict(of_all_ranks(list(self.streamed.items())))
         self.stream_errors = of_all_ranks(self.stream_errors)
-        self.streamed_cut = sum(of_all_ranks([self.streamed_cut]))
+        self.streamed_cut, self.streamed_past = (
+            sum(of_all_ranks([count])) for count in (self.streamed_cut, self.streamed_past)
+        )
+        if not self.streamed:
+            why = f": {self.stream_errors[0]}" if self.stream_errors else ", or all are of other splits than test"
+            raise ValueError(f"no clip was heard: the shards hold none that can be used{why}")
         self.parts["test"] = range(len(self.streamed))
 
     def clips_at(self, positions: Sequence[int]) -> list[Clip]:

@@ -48,18 +48,27 @@ class ClipBatch:
         errors: clips that cannot be used, each named, with the reason.
         cut: how many of a stream's clips are longer than the model's window, and cut there; of files, see
             `ClipProcessor.warn_of_cut_clips`.
+        left_out: how many clips of a stream were passed over, being of another split.
     """
 
     def __init__(
-        self, clips: list[Clip], keys: list[str | None], inputs: LALMInputs | None, errors: list[str], cut: int = 0
+        self,
+        clips: list[Clip],
+        keys: list[str | None],
+        inputs: LALMInputs | None,
+        errors: list[str],
+        cut: int = 0,
+        left_out: int = 0,
     ) -> None:
-        self.clips, self.keys, self.inputs, self.errors, self.cut = clips, keys, inputs, errors, cut
+        self.clips, self.keys, self.inputs, self.errors = clips, keys, inputs, errors
+        self.cut, self.left_out = cut, left_out
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def pin_memory(self) -> ClipBatch:
-        return ClipBatch(self.clips, self.keys, self.inputs and self.inputs.pin_memory(), self.errors, self.cut)
+        inputs = self.inputs and self.inputs.pin_memory()
+        return ClipBatch(self.clips, self.keys, inputs, self.errors, self.cut, self.left_out)
 
 
 class ClipBatches(Dataset[ClipBatch]):
@@ -152,6 +161,7 @@ class ShardBatches(IterableDataset[ClipBatch]):
         store: batches that it holds already are left out, and clips that no such batch needs are not decoded; None
             runs everything.
         share: (rank, world size): the shards are dealt to ranks, and a rank's to its workers.
+        split: clips that say they are of another one are left out; None takes all.
     """
 
     def __init__(
@@ -161,6 +171,7 @@ class ShardBatches(IterableDataset[ClipBatch]):
         batch_size: int,
         store: HeadStore | None = None,
         share: tuple[int, int] = (0, 1),
+        split: str | None = None,
     ) -> None:
         super().__init__()
         self.urls = urls
@@ -168,6 +179,7 @@ class ShardBatches(IterableDataset[ClipBatch]):
         self.batch_size = batch_size
         self.store = store
         self.share = share
+        self.split = split
 
     def __iter__(self) -> Iterator[ClipBatch]:
         processor = self.backbone.clip_processor()
@@ -196,7 +208,9 @@ class ShardBatches(IterableDataset[ClipBatch]):
         self, read: Sequence[ShardFiles], processor: ClipProcessor, load: Callable[[Clip], Loaded]
     ) -> Iterator[ClipBatch]:
         errors = [str(item) for item in read if isinstance(item, AudioError)]
-        found = [item for item in read if isinstance(item, ShardClip)]
+        every = [item for item in read if isinstance(item, ShardClip)]
+        found = [item for item in every if self.split is None or item.clip.split in (None, self.split)]
+        left_out = len(every) - len(found)
         keys = [item.key for item in found]
         # Of clips with the same bytes only one is to be kept, but each that cannot be used is to be named.
         kept = set(range(len(keys)) if self.store is None else self.store.missing(keys))
@@ -214,10 +228,11 @@ class ShardBatches(IterableDataset[ClipBatch]):
                 if any(batch_keys):
                     clips = [item.clip for _, item in batch]
                     inputs = processor(clips, [item.content.media for _, item in batch])
-                    yield ClipBatch(clips, batch_keys, inputs, errors, sum(item.content.is_cut for _, item in batch))
-                    errors = []
-        if errors:
-            yield ClipBatch([], [], None, errors)
+                    cut = sum(item.content.is_cut for _, item in batch)
+                    yield ClipBatch(clips, batch_keys, inputs, errors, cut, left_out)
+                    errors, left_out = [], 0
+        if errors or left_out:
+            yield ClipBatch([], [], None, errors, left_out=left_out)
 
 
 def _size(medium: Media) -> int:

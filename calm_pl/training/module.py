@@ -25,7 +25,7 @@ from calm_pl.headstore import HeadStore
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import MetricSpace
-from calm_pl.progress import Task
+from calm_pl.progress import Task, say
 from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing, weights_dtype
 from calm_pl.training.metrics import ClipScores
 from calm_pl.training.progress import shows_progress
@@ -330,6 +330,10 @@ class CalmModule(L.LightningModule):
         data.gather_streamed()
         if self.trainer.is_global_zero:
             self._extraction.lalm.processor.warn_of_cut(data.streamed_cut, len(data.streamed))
+            if data.streamed_past:
+                say(f"{data.streamed_past:,} clips of other splits than test were left out")
+            if not any(clip.labels for clip in data.streamed.values()):
+                say("no clip has a label: there are no figures")
         if not self.data.multi_label:
             for scores in self.scores.values():
                 scores.one_label_each()
