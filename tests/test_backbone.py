@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calm_pl.backbone import spec
 from calm_pl.backbone.answers import label_log_likelihoods
 from calm_pl.backbone.checkpoints import resolve_checkpoint
 from calm_pl.backbone.errors import BackboneError
@@ -206,20 +207,56 @@ def test_a_process_keeps_the_model_that_it_loaded_last(tiny_lalm, tmp_path):
     assert other.num_layers == 1 and Backbone(str(folder)).load().num_layers == 4
 
 
-def test_store_key_follows_what_changes_a_head_output(tiny_lalm, tmp_path):
+def test_store_key_follows_what_changes_a_head_output(tiny_lalm, tmp_path, monkeypatch):
     backbone = Backbone(tiny_lalm)
     changed = [
         backbone.store_key("bfloat16"),
         Backbone(tiny_lalm, heads="both").store_key(),
         Backbone(tiny_lalm, prompt="{question}").store_key(),
+        Backbone(tiny_lalm, layers=(0, 1)).store_key(),
+        Backbone(tiny_lalm, layers=(1,)).store_key(),
+        Backbone(tiny_lalm, cut_window=False).store_key(),
     ]
+    with monkeypatch.context() as patch:
+        patch.setattr(spec, "FORMAT_VERSION", spec.FORMAT_VERSION + 1)
+        changed.append(backbone.store_key())
     copied = shutil.copytree(tiny_lalm, tmp_path / "tiny-random")
     assert Backbone(str(copied)).store_key() == backbone.store_key()  # the same content elsewhere is the same model
     config = json.loads((copied / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-5
     (copied / "config.json").write_text(json.dumps(config))
     changed.append(Backbone(str(copied)).store_key())
-    assert all(key != backbone.store_key() for key in changed)
+    keys = [backbone.store_key(), *changed]
+    assert all(key != other for index, key in enumerate(keys) for other in keys[:index])
+
+
+def test_store_key_follows_the_code_of_a_checkpoint_where_it_is_run(tiny_lalm, tmp_path):
+    copied = shutil.copytree(tiny_lalm, tmp_path / "tiny-random")
+    trusted, plain = Backbone(str(copied), trust_remote_code=True), Backbone(str(copied))
+    bare = trusted.store_key(), plain.store_key()
+    (copied / "modeling.py").write_text("SCALE = 1\n")
+    before = trusted.store_key(), plain.store_key()
+    (copied / "modeling.py").write_text("SCALE = 2\n")
+    after = trusted.store_key(), plain.store_key()
+    assert len({json.dumps(keys[0]) for keys in (bare, before, after)}) == 3
+    assert bare[1] == before[1] == after[1]  # code that nobody runs changes nothing
+    assert Backbone(tiny_lalm, trust_remote_code=True).store_key() == Backbone(tiny_lalm).store_key()
+
+
+def test_store_key_follows_the_bytes_of_an_adapter_and_not_its_place(tiny_lalm, tmp_path):
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 8}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    backbone = Backbone(tiny_lalm, adapter=str(adapter))
+    before = backbone.store_key()
+    assert Backbone(tiny_lalm, adapter=str(moved)).store_key() == before
+    (adapter / "adapter_model.safetensors").write_bytes(b"weightz")
+    retrained = backbone.store_key()
+    (adapter / "adapter_config.json").write_text('{"r": 9}')
+    keys = [Backbone(tiny_lalm).store_key(), before, retrained, backbone.store_key()]
+    assert all(key != other for index, key in enumerate(keys) for other in keys[:index])
 
 
 # What errors say

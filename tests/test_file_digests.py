@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from calm_pl.headstore import file_digest, file_digests
+from calm_pl.headstore import digests, file_digest, file_digests
 
 
 def old_file() -> Path:
@@ -56,6 +56,27 @@ def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
     assert not (tmp_path / "digests").exists()
 
 
+def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    path = tmp_path / "new.wav"
+    path.write_bytes(b"one")
+    time.sleep(0.02)  # a few ticks of the file system's clock
+    hashed = digests._sha256
+
+    def overtaken(file: str) -> str:
+        digest = hashed(file)
+        path.write_bytes(b"two, and longer")  # by somebody who replaces the recordings meanwhile
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "_sha256", overtaken)
+        assert file_digest(path, tmp_path) == hashlib.sha256(b"one").hexdigest()
+    assert not (tmp_path / "digests").exists()
+    assert file_digest(path, tmp_path) == hashlib.sha256(b"two, and longer").hexdigest()
+
+
 def test_a_torn_memory_is_forgotten(tmp_path: Path) -> None:
     digest = file_digest(old_file(), tmp_path)
     (memory,) = (tmp_path / "digests").iterdir()
@@ -78,9 +99,9 @@ def test_many_files_show_how_far_it_is(
     files = [tmp_path / f"{index}.wav" for index in range(5)]
     for file in files:
         file.write_text(file.name)
-    digests = file_digests(files, tmp_path)
+    found = file_digests(files, tmp_path)
     assert "looking at files: 5 files" in capsys.readouterr().err
-    assert digests == [file_digest(file, tmp_path) for file in files]
+    assert found == [file_digest(file, tmp_path) for file in files]
     monkeypatch.setenv("LOCAL_RANK", "1")
     file_digests(files, tmp_path)
     assert not capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -16,27 +17,38 @@ from calm_pl import CalmModule
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import GRW, SAV, KNearest, LinearProbe, MeanOfHeads, NearestPrototype
+from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
 from calm_pl.training.extraction import BatchSize, HeadExtraction, arithmetic, extract_missing
+from tests.conftest import tone
 from tests.extracting import QUIET
 from tests.test_module import data_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 ACCELERATOR = "gpu"
+DEVICE = "cuda"
 
 
 def extracted(
-    folder: Path, model: str, root: Path, precision: str = "32-true", batch_size: BatchSize = 2
+    folder: Path,
+    model: str,
+    root: Path,
+    precision: str = "32-true",
+    batch_size: BatchSize = 2,
+    num_workers: int = 0,
+    **options: Any,
 ) -> torch.Tensor:
     """Head outputs (N, K, D) that one device puts into a store."""
-    clips, backbone = read_manifest(folder), Backbone(model)
+    clips, backbone = read_manifest(folder), Backbone(model, **options)
     trainer = L.Trainer(**{**QUIET, "accelerator": ACCELERATOR, "devices": 1, "precision": precision})
     store = HeadStore(backbone.store_key(arithmetic(precision)), root, dtype="float32")
-    assert not extract_missing(trainer, clips, HeadExtraction(backbone), store, batch_size)
+    extraction = HeadExtraction(backbone)
+    assert not extract_missing(trainer, clips, extraction, store, batch_size, num_workers)
+    assert extraction.lalm.device.type == DEVICE
     return store.read(store.clip_keys(clips))
 
 
@@ -52,8 +64,12 @@ def on_cpu(tones, tiny_lalm) -> torch.Tensor:
     return FrozenLALM.from_pretrained(tiny_lalm).head_outputs(read_manifest(tones))
 
 
-def test_heads_are_those_of_the_cpu(tones, tiny_lalm, tmp_path, on_cpu):
-    torch.testing.assert_close(extracted(tones, tiny_lalm, tmp_path), on_cpu, atol=1e-3, rtol=0)
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("heads", ["decoder", "both"])
+def test_heads_are_those_of_the_cpu(tones, tiny_lalm, tmp_path, heads, num_workers):
+    found_NKD = extracted(tones, tiny_lalm, tmp_path, num_workers=num_workers, heads=heads)
+    expected_NKD = FrozenLALM.from_pretrained(tiny_lalm, heads=heads).head_outputs(read_manifest(tones))
+    torch.testing.assert_close(found_NKD, expected_NKD, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true", "16-mixed"])
@@ -68,16 +84,67 @@ def test_auto_finds_a_batch_size_and_changes_nothing(tones, tiny_lalm, tmp_path,
     assert "batch size: " in capfd.readouterr().err
 
 
-def test_weights_of_8_bits_hear(tones, tiny_lalm):
+def test_a_batch_that_does_not_fit_is_run_in_halves(tiny_lalm, tmp_path):
+    clip = Clip(str(tone(tmp_path / "long.wav", 700, 5)))
+    lalm = FrozenLALM.from_pretrained(tiny_lalm, device=DEVICE)
+    inputs = lalm.processor([clip] * 512, [lalm.processor.load(clip)] * 512)
+    lalm.head_outputs([clip])  # what libraries take at their first call they keep
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_reserved()
+    whole_NKD = lalm.forward(inputs).cpu()
+    needed = torch.cuda.max_memory_reserved() - held
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + needed // 3
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.warns(UserWarning, match="out of memory with a batch of 512 clips"):
+            halves_NKD = HeadExtraction(Backbone(tiny_lalm), lalm).read(inputs).cpu()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(halves_NKD, whole_NKD, atol=1e-3, rtol=0)
+
+
+# As in test_backbone_options: the shipped model is small, and rounding tells in it.
+@pytest.mark.parametrize(("quantization", "cosine"), [("4bit", 0.6), ("8bit", 0.95)])
+def test_weights_of_few_bits_hear(tones, tmp_path, quantization, cosine):
     pytest.importorskip("bitsandbytes")
-    heads_NKD = Backbone(tiny_lalm, quantization="8bit").load("bfloat16", "cuda").head_outputs(read_manifest(tones))
-    assert heads_NKD.isfinite().all() and not torch.equal(heads_NKD[0], heads_NKD[-1])
+    pytest.importorskip("accelerate")
+    heads_NKD = extracted(tones, "calm-tiny", tmp_path, "bf16-true", quantization=quantization)
+    few, half = (
+        FrozenLALM.from_pretrained("calm-tiny", "bfloat16", DEVICE, quantization=q) for q in (quantization, None)
+    )
+    assert few.model.get_memory_footprint() < 0.9 * half.model.get_memory_footprint()
+    expected_NKD = FrozenLALM.from_pretrained("calm-tiny").head_outputs(read_manifest(tones))
+    assert torch.cosine_similarity(heads_NKD, expected_NKD, dim=-1).median() > cosine
+
+
+def test_layers_spread_by_themselves_are_heard_as_on_the_cpu(tones, tiny_lalm, tmp_path, on_cpu):
+    pytest.importorskip("accelerate")
+    found_NKD = extracted(tones, tiny_lalm, tmp_path, device_map="auto")
+    torch.testing.assert_close(found_NKD, on_cpu, atol=1e-3, rtol=0)
+
+
+def test_an_adapter_is_heard_as_on_the_cpu(tones, tiny_lalm, tmp_path, on_cpu):
+    peft = pytest.importorskip("peft")
+    base = FrozenLALM.from_pretrained(tiny_lalm).model
+    lora = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    found_NKD = extracted(tones, tiny_lalm, tmp_path, adapter=str(tmp_path / "lora"))
+    adapted = FrozenLALM.from_pretrained(tiny_lalm, adapter=str(tmp_path / "lora"))
+    torch.testing.assert_close(found_NKD, adapted.head_outputs(read_manifest(tones)), atol=1e-3, rtol=1e-3)
+    assert (found_NKD - on_cpu).abs().max() > 0.1
 
 
 def test_every_method_finds_what_it_finds_on_the_cpu(tones, tiny_lalm, tmp_path):
-    """On the same heads, from one store; learned weights under EarlyStopping's criterion, in mixed precision too."""
+    """On the same heads, from one store; learned weights under EarlyStopping's criterion. In mixed precision on heads
+    of their own, from which learning goes on in float32."""
     figures = {}
-    for name, accelerator, precision in (("cpu", "cpu", "32-true"), ("gpu", ACCELERATOR, "32-true")):
+    for name, accelerator, precision in (
+        ("cpu", "cpu", "32-true"),
+        ("gpu", ACCELERATOR, "32-true"),
+        ("mixed", ACCELERATOR, "bf16-mixed"),
+    ):
         learned = LearnedWeights(steps=15, shrinkage=0.3, tau=0.15, to_start=0.1, to_shared=0.1, shots=2)
         formulas = {"calm": Calm(), "calm_whitened": Calm("whitened"), "whitened_probe": Whitened(LinearProbe())}
         baselines = [SAV(), GRW(), LinearProbe(), KNearest(), NearestPrototype(), MeanOfHeads()]
@@ -92,6 +159,7 @@ def test_every_method_finds_what_it_finds_on_the_cpu(tones, tiny_lalm, tmp_path)
         assert run.global_step == 15
         figures[name]["moved"] = float(learned.get_parameter("moves_KC").abs().sum())
     assert figures["gpu"] == pytest.approx(figures["cpu"], rel=1e-2, abs=1e-3)
+    assert figures["mixed"] == pytest.approx(figures["cpu"], rel=0.25, abs=0.05)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")

@@ -129,6 +129,16 @@ def test_another_key_is_another_store(tmp_path: Path, change: dict[str, str]) ->
     assert HeadStore(KEY | {"backbone": "another name"}, tmp_path).missing(["a"]) == []
 
 
+def test_a_store_of_another_format_is_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = HeadStore(KEY, tmp_path)
+    old.write(["a"], heads(1))
+    monkeypatch.setattr(store_module, "FORMAT", store_module.FORMAT + 1)
+    new = HeadStore(KEY, tmp_path)
+    assert new.folder != old.folder and new.missing(["a"]) == [0]
+    with pytest.raises(HeadStoreError, match="of another format"):
+        HeadStore.open(old.folder)
+
+
 def test_what_is_heard_or_asked_is_in_the_clip_key(tmp_path: Path) -> None:
     store = HeadStore(KEY, tmp_path)
     audio, other, video = (str(tmp_path / name) for name in ("a.wav", "b.wav", "v.mp4"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,36 @@ def test_two_that_merge_the_same_shards_lose_nothing(tmp_path: Path) -> None:
     assert first not in shards(one)
     for store in (one, other, HeadStore(KEY, tmp_path)):
         assert torch.equal(store.read(["0", "1", "2"]), torch.cat([heads(1, index) for index in range(3)]).half())
+
+
+def test_a_merged_shard_would_survive_a_power_cut_before_its_sources_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HeadStore(KEY, tmp_path)
+    for index in range(3):
+        store.write([str(index)], heads(1, index))
+    sources = shards(store)
+    done: list[str] = []
+    replace, fsync, unlink = os.replace, os.fsync, Path.unlink
+
+    def renamed(source: Any, target: Any) -> None:
+        replace(source, target)
+        done.append("renamed")
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append("folder synced" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file synced")
+
+    def deleted(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path in sources:
+            done.append("source deleted")
+
+    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "unlink", deleted)
+    store.compact()
+    assert done == ["file synced", "renamed", "folder synced", *["source deleted"] * 3]
 
 
 def test_two_that_compact_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

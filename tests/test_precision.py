@@ -19,7 +19,8 @@ from calm_pl.methods.calm import Calm
 from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
 from tests.extracting import trainer
 
-CLASSES, SUPPORT, QUERIES = 6, 6, 8
+CLASSES, SUPPORT, QUERIES = 6, 6, 20
+CUTS = [(0.0, 2.0), (2.5, 4.5)]  # seconds of a scene that are a clip each
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
     folder = tmp_path_factory.mktemp("sounds")
     made = []
     for index, label in enumerate(list(SOUNDS)[:CLASSES]):
-        for number in range(SUPPORT + QUERIES):
+        for number in range((SUPPORT + QUERIES) // len(CUTS)):
             path = folder / f"{label}-{number}.flac"
-            soundfile.write(path, scene(np.random.default_rng([index, number]), label)[: 2 * RATE], RATE)
-            made.append(Clip(str(path), label))
+            soundfile.write(path, scene(np.random.default_rng([index, number]), label), RATE)
+            made += [Clip(str(path), label, start=start, end=end) for start, end in CUTS]
     return made
 
 
@@ -43,17 +44,29 @@ def heads(clips: list[Clip], precision: str, root: Path) -> torch.Tensor:
 
 
 def test_bfloat16_turns_heads_little_and_predictions_hardly(clips, tmp_path):
+    """Queries in bfloat16, support in float32, as where a classifier made elsewhere is used.
+
+    Of 600 queries of the shipped model 99.2 % were told as in float32 under bf16-true and 99.7 % under bf16-mixed, with
+    the median cosine at 0.9997 and 0.9999, but 16 % and 9 % of the cosines below 0.999. Where the support was in
+    bfloat16, too, it was 95.7 % and 99.8 % of the queries: the choice of heads turns on it.
+    """
     exact_NKD = heads(clips, "32-true", tmp_path)
     labels_N = torch.arange(CLASSES).repeat_interleave(SUPPORT + QUERIES)
     support_N = torch.arange(len(clips)) % (SUPPORT + QUERIES) < SUPPORT
+    queries = [clip for clip, supports in zip(clips, support_N.tolist(), strict=True) if not supports]
+    exact_QKD, labels_Q = exact_NKD[~support_N], labels_N[~support_N]
     classifier = Calm().fit(exact_NKD[support_N], labels_N[support_N], CLASSES)
-    predicted_N = classifier(exact_NKD[~support_N]).argmax(1)
-    assert (predicted_N == labels_N[~support_N]).float().mean() > 0.5  # there is something to get wrong
+    best_QC, classes_QC = classifier(exact_QKD).topk(2)
+    lead_Q = best_QC[:, 0] - best_QC[:, 1]
+    assert (classes_QC[:, 0] == labels_Q).float().mean() > 0.5  # there is something to get wrong
+    assert (lead_Q > 0.1).float().mean() > 0.85
     lost = {}
     for precision in ("bf16-true", "bf16-mixed"):
-        half_NKD = heads(clips, precision, tmp_path)
-        cosine_NK = torch.cosine_similarity(half_NKD, exact_NKD, dim=-1)
-        assert cosine_NK.median() > 0.999
-        assert (classifier(half_NKD[~support_N]).argmax(1) == predicted_N).float().mean() > 0.95
-        lost[precision] = float(1 - cosine_NK.mean())
-    assert lost["bf16-mixed"] < lost["bf16-true"] < 0.003
+        half_QKD = heads(queries, precision, tmp_path)
+        cosine_QK = torch.cosine_similarity(half_QKD, exact_QKD, dim=-1)
+        assert cosine_QK.median() > 0.999 and cosine_QK.quantile(0.05) > 0.99
+        same_Q = classifier(half_QKD).argmax(1) == classes_QC[:, 0]
+        assert same_Q.float().mean() > 0.98
+        assert same_Q[lead_Q > 0.1].all()  # what changes was a tie, or nearly so
+        lost[precision] = float(1 - cosine_QK.mean())
+    assert lost["bf16-mixed"] < lost["bf16-true"] < 0.002

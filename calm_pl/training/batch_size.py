@@ -53,7 +53,10 @@ def run_in_halves(run: Pass, inputs: LALMInputs, tell: Callable[[int], None]) ->
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory ended, said by torch itself, in our words, or by one of CUDA's libraries."""
     causes = [e for e in (error, error.__cause__) if e is not None]
-    return any(is_oom_error(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e) for e in causes)
+    return any(
+        isinstance(e, torch.cuda.OutOfMemoryError) or is_oom_error(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e)
+        for e in causes
+    )
 
 
 def _halves(inputs: LALMInputs) -> list[LALMInputs] | None:
