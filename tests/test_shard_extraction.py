@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calm_pl import cli
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import ClipProcessor
 from calm_pl.backbone.spec import Backbone
@@ -105,6 +106,13 @@ def last_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_shards_that_hold_nothing_to_hear_are_an_error(tone_shards, tiny_lalm, tmp_path):
     with pytest.raises(ValueError, match=r"nothing could be read: .*00000099\.wav"):
         extract_shards(tone_shards / "clips-000009.tar", tiny_lalm, tmp_path / "heads")
+
+
+def test_an_unknown_scheme_is_told_by_the_command(tiny_lalm, tmp_path):
+    pytest.importorskip("webdataset")
+    address = ["--data.recipe.init_args.data_dir", "hdfs://x/y.tar", "--data.store", str(tmp_path / "heads")]
+    with pytest.raises(SystemExit, match=r"^calm: error: hdfs://x/y\.tar: .*'pipe:hdfs dfs -cat "):
+        cli.main(["extract", "--data", "shards", *address, "--backbone", str(tiny_lalm)])
 
 
 def test_a_shard_with_a_missing_clip_is_run_in_the_batches_of_an_unbroken_run(tone_shards, tiny_lalm, tmp_path):

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import shlex
+import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -20,7 +27,7 @@ from calm_pl.audio import AudioError, load_audio
 from calm_pl.clip import Clip
 from calm_pl.commands.shards import main
 from calm_pl.data.manifest import write_manifest
-from calm_pl.data.shards import ShardClip, ShardClips, write_shards
+from calm_pl.data.shards import ShardClip, ShardClips, shard_urls, write_shards
 from calm_pl.headstore import HeadStore
 
 pytest.importorskip("webdataset")
@@ -152,7 +159,7 @@ def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path: Path) -> None:
     content[start : start + 512] = b"\x01" * 512
     shard.write_bytes(content)
     clips, errors = stream(str(shard))
-    assert [item.clip.group for item in clips] == ["0"]
+    assert [item.clip.group for item in clips] == ["0", "1"]  # also that right before the damage
     assert len(errors) == 1 and "damaged header" in errors[0]
 
 
@@ -163,7 +170,8 @@ def test_addresses(tmp_path: Path) -> None:
     gone = [half, "pipe:cat nowhere.tar", str(tmp_path / "gone.tar")]
     clips, errors = stream([piped, f"file:{shards[1]}"])
     assert ([item.clip.group for item in clips], errors) == (["0", "1", "2", "3"], [])
-    _, errors = stream(gone)
+    clips, errors = stream(gone)
+    assert [item.clip.group for item in clips] == ["2", "3"]  # printed whole before the command failed
     assert [error.split(": the shard")[0] for error in errors] == gone
 
 
@@ -181,6 +189,156 @@ def test_compressed_shards(tmp_path: Path) -> None:
     clips, errors = stream([str(tmp_path / "whole.tar.gz"), str(tmp_path / "cut.tar.gz")])
     assert [item.clip.audio for item in clips] == [f"{tmp_path}/whole.tar.gz/1.wav"]
     assert [error.split(": ")[0] for error in errors] == [f"{tmp_path}/whole.tar.gz/2.wav", f"{tmp_path}/cut.tar.gz"]
+
+
+def shard_of(path: Path, members: list[tuple[str, bytes]]) -> bytes:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            add(archive, name, content)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> bytes:
+    return Path(make_clips(tmp_path / "audio", 1)[0].audio).read_bytes()
+
+
+def names(clips: list[ShardClip[torch.Tensor]]) -> list[str]:
+    return [Path(item.clip.audio).name for item in clips]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (("a_0.5s.wav", "a_0.7s.wav"), "a_0.5s.wav: 2 sounds share the name up to the first dot (.5s.wav, .7s.wav)"),
+        (("a_0.5s.mp4", "a_0.7s.mp4"), "a_0.5s.mp4: 2 films share the name up to the first dot"),
+        (("a.wav", "a.wav"), "a.wav: 2 members have this name"),
+        (("a_0.5s.wav", "a_0.5s.txt"), "a_0.5s.wav: the name ends at its first dot, so .5s.txt is not seen"),
+    ],
+)
+def test_sounds_that_share_a_name_are_an_error(
+    tmp_path: Path, sound: bytes, members: tuple[str, ...], message: str
+) -> None:
+    shard_of(tmp_path / "x.tar", [(name, sound) for name in (*members, "b.wav")])
+    clips, errors = stream(str(tmp_path / "x.tar"))
+    assert names(clips) == ["b.wav"]
+    assert len(errors) == 1 and errors[0].startswith(f"{tmp_path}/x.tar/{message}")
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path, sound: bytes) -> None:
+    members = [(name, sound) for name in ("._a.wav", "a.wav", "set/.DS_Store", "set/._b.wav", "set/b.wav")]
+    shard_of(tmp_path / "x.tar", members)
+    clips, errors = stream(str(tmp_path / "x.tar"))
+    assert (names(clips), errors) == (["a.wav", "b.wav"], [])
+
+
+def in_two_parts(pack: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    return lambda content: pack(content[:3000]) + pack(content[3000:])
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_packed_shards_are_told_by_their_bytes(tmp_path: Path, sound: bytes, pack: Callable[[bytes], bytes]) -> None:
+    content = shard_of(tmp_path / "x.tar", [("1.wav", sound), ("1.txt", b"dog"), ("2.wav", sound)])
+    (tmp_path / "packed.tar").write_bytes(in_two_parts(pack)(content))  # as pbzip2 packs
+    (tmp_path / "plain.tar.bz2").write_bytes(content)
+    (tmp_path / "cut.tar.bz2").write_bytes(pack(content[:-10_240]))  # an archive without its end, packed whole
+    (tmp_path / "broken.tar.gz").write_bytes(pack(content)[:-20])
+    piped = f"pipe:cat {shlex.quote(str(tmp_path / 'plain.tar.bz2'))}"
+    for whole in (str(tmp_path / "packed.tar"), str(tmp_path / "plain.tar.bz2"), piped):
+        clips, errors = stream(whole)
+        assert (names(clips), errors) == (["1.wav", "2.wav"], [])
+    _, errors = stream([str(tmp_path / "cut.tar.bz2"), str(tmp_path / "broken.tar.gz")])
+    assert [error.split(":")[0] for error in errors] == [f"{tmp_path}/cut.tar.bz2", f"{tmp_path}/broken.tar.gz"]
+
+
+def test_of_zstd_the_way_out_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
+    _, errors = stream(str(tmp_path / "x.tar.zst"))
+    assert len(errors) == 1 and "zstd: use pipe:zstd -dc FILE" in errors[0]
+
+
+def test_archives_joined_by_cat_are_told_and_the_first_is_heard(tmp_path: Path, sound: bytes) -> None:
+    content = shard_of(tmp_path / "x.tar", [("1.wav", sound), ("2.wav", sound)])
+    (tmp_path / "joined.tar").write_bytes(content + content)
+    for address in (str(tmp_path / "joined.tar"), f"pipe:cat {shlex.quote(str(tmp_path / 'joined.tar'))}"):
+        clips, errors = stream(address)
+        assert names(clips) == ["1.wav", "2.wav"]
+        assert len(errors) == 1 and errors[0].startswith(address) and "archives joined by cat" in errors[0]
+    (tmp_path / "long.tar").write_bytes(content + bytes(20_000))  # padded by a tape
+    assert stream(str(tmp_path / "long.tar"))[1] == []
+
+
+def test_a_last_clip_that_may_lack_its_label_is_left_out(tmp_path: Path, sound: bytes) -> None:
+    members = [(f"{number}{suffix}", sound) for number in (1, 2) for suffix in (".wav", ".txt")]
+    content = shard_of(tmp_path / "x.tar", [(name, b"dog" if ".txt" in name else data) for name, data in members])
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        label = archive.getmembers()[3].offset
+    for length, kept in ((label, ["1.wav"]), (label + 1024, ["1.wav", "2.wav"])):
+        (tmp_path / "x.tar").write_bytes(content[:length])
+        clips, errors = stream(str(tmp_path / "x.tar"))
+        assert names(clips) == kept
+        assert len(errors) == 1 and "it has no end mark" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"label": {"a": 1}}', "a.wav: its JSON: label must be a text, found {'a': 1}"),
+        ("a.json", b'{"label": ["low", null]}', "a.wav: its JSON: label must be a text, found None"),
+        ("a.json", b'{"label": "low", "label": "up"}', "a.wav: its JSON: 'label' is there 2 times"),
+        ("a.json", b'{"split": "dev"}', "a.wav: its JSON: split 'dev' is none of train, val, test"),
+        ("a.json", b'{"end": 0}', "a.wav: its JSON: end 0 s is not after start 0 s"),
+        ("a.json", b"\xff", "a.json: it is not UTF-8 text"),
+        ("a.txt", b"caf\xe9", "a.txt: it is not UTF-8 text"),
+    ],
+)
+def test_what_is_known_of_a_clip_is_checked_as_in_a_manifest(
+    tmp_path: Path, sound: bytes, name: str, content: bytes, message: str
+) -> None:
+    shard_of(tmp_path / "x.tar", [("a.wav", sound), (name, content)])
+    clips, errors = stream(str(tmp_path / "x.tar"))
+    assert clips == []
+    assert len(errors) == 1 and errors[0].startswith(f"{tmp_path}/x.tar/{message}")
+
+
+def test_a_blank_text_is_no_label(tmp_path: Path, sound: bytes) -> None:
+    shard_of(tmp_path / "x.tar", [("a.wav", sound), ("a.txt", b""), ("b.wav", sound), ("b.cls", b" \n")])
+    clips, errors = stream(str(tmp_path / "x.tar"))
+    assert ([item.clip.label for item in clips], errors) == ([None, None], [])
+
+
+def test_labels_apart_from_their_sounds_are_told(tmp_path: Path, sound: bytes) -> None:
+    shard_of(tmp_path / "x.tar", [("a.wav", sound), ("b.wav", sound), ("a.txt", b"dog"), ("b.txt", b"cat")])
+    _, errors = stream(str(tmp_path / "x.tar"))
+    assert len(errors) == 2 and all("stand next to each other: tar --sort=name" in error for error in errors)
+
+
+def test_an_unknown_scheme_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^hdfs://x/y\.tar: .*https.*pipe.*s3.*pipe:hdfs dfs -cat"):
+        shard_urls(["clips.tar", "hdfs://x/y.tar"])
+    known = ["s3://a/b.tar", "https://a/b.tar", "pipe:hdfs dfs -cat hdfs://x/y.tar", "file:a.tar", "./a:b.tar"]
+    assert shard_urls(known) == known
+
+
+class Missing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_failed_commands_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), Missing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/x.tar"
+        found = stream(address)[1]
+        server.shutdown()
+    found += stream([address, "pipe:cat nowhere.tar"])[1]
+    told = ("curl ended with 22 (an HTTP error such as 404)", "curl ended with 7 (the host cannot be reached)")
+    for error, message in zip(found, (*told, "cat ended with 1"), strict=True):
+        assert f"({message}); clips are missing" in error
 
 
 def test_stopping_early_is_no_error(tmp_path: Path) -> None:
@@ -218,6 +376,21 @@ def test_make_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
             main(wrong)
         assert message in capsys.readouterr().err
     assert (tmp_path / "out" / "clips-000000.tar").read_bytes() == before
+
+
+def test_make_takes_the_clips_of_one_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [Clip(clip.audio, split=split) for clip in make_clips(tmp_path / "a", 2) for split in ("train", "test")]
+    write_manifest(clips, tmp_path / "clips.jsonl")
+    arguments = ["make", str(tmp_path / "clips.jsonl")]
+    assert (
+        main([*arguments, str(tmp_path / "all")]) == main([*arguments, str(tmp_path / "one"), "--split", "test"]) == 0
+    )
+    for name, splits in (("all", ["train", "test"] * 2), ("one", ["test"] * 2)):
+        assert [item.clip.split for item in stream(str(tmp_path / name))[0]] == splits
+    for wrong, message in ((["--split", "val"], "no clip is of split val"), (["--per-shard", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            main([*arguments, str(tmp_path / "none"), *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_links_in_an_archive_are_told_and_the_others_heard(tmp_path: Path) -> None:

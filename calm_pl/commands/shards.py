@@ -12,7 +12,9 @@ def main(argv: list[str]) -> int:
     from calm_pl.data.shards import write_shards
 
     try:
-        clips = read_manifest(arguments.manifest)
+        clips = [clip for clip in read_manifest(arguments.manifest) if arguments.split in (None, clip.split)]
+        if not clips:
+            raise ValueError(f"{arguments.manifest}: no clip is of split {arguments.split}")
         shards, errors = write_shards(clips, arguments.out, arguments.per_shard)
     except (ManifestError, FileExistsError, ValueError) as error:
         _parser().error(str(error))
@@ -31,11 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("manifest", help="a .jsonl, .json or .csv file, or a folder of classes")
     make.add_argument("out", help="folder to write to; it must hold no tar files")
     make.add_argument("--per-shard", type=_positive, default=1000, metavar="N", help="clips a shard (default: 1000)")
+    make.add_argument("--split", choices=("train", "val", "test"), help="only the clips of this split (default: all)")
     return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)

@@ -66,7 +66,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
         raise ManifestError(f"{source}: a manifest is a .jsonl, .json or .csv file, or a folder of classes")
     ignored: Counter[str] = Counter()
     try:
-        clips = [_clip(row, source.parent, where, ignored) for where, row in reader(source)]
+        clips = [clip_of_row(row, source.parent, where, ignored) for where, row in reader(source)]
     except UnicodeDecodeError as error:
         raise ManifestError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not clips:
@@ -113,14 +113,14 @@ def _jsonl_rows(source: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 where = f"{source}, line {number}"
                 try:
-                    yield where, _loads(line, where)
+                    yield where, parsed_json(line, where)
                 except json.JSONDecodeError as error:
                     raise ManifestError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
 
 
 def _json_rows(source: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = _loads(source.read_text(encoding="utf-8-sig"), str(source))
+        content = parsed_json(source.read_text(encoding="utf-8-sig"), str(source))
     except json.JSONDecodeError as error:
         raise ManifestError(f"{source}, line {error.lineno}: not JSON ({error.msg})") from None
     parts = content if isinstance(content, dict) else {"": content}
@@ -169,13 +169,13 @@ def _cell(name: str, text: str, folder: Path, where: str) -> Any:
         return text
     if name in ("label", "options") and stripped.startswith("["):
         try:
-            return _loads(stripped, where)
+            return parsed_json(stripped, where)
         except json.JSONDecodeError:  # a text such as [music]
             return stripped
     return stripped
 
 
-def _loads(text: str, where: str) -> Any:
+def parsed_json(text: str, where: str) -> Any:
     """`json.loads`; what else than a JSONDecodeError may come of it is a ManifestError."""
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -194,7 +194,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _clip(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
+def clip_of_row(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
     """Check one row; `ignored` counts the names that no clip has."""
     if not isinstance(row, Mapping):
         raise ManifestError(f"{where}: expected an object with 'audio' and 'label', found {row!r}")

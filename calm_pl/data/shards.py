@@ -7,26 +7,30 @@ label (`.txt` or `.cls`). A clip's `video`, where it names one, is the member `0
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
+import re
 import shlex
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, cast
+from typing import IO, Any, Generic, TypeVar
 
 import soundfile
 from torch.utils.data import IterableDataset, get_worker_info
 
 from calm_pl.audio import EXTENSIONS, VIDEO_EXTENSIONS, AudioError, audio_seconds, load_audio
 from calm_pl.clip import Clip
+from calm_pl.data.manifest import clip_of_row, parsed_json
 from calm_pl.headstore import clip_key
 
 T = TypeVar("T")
@@ -35,9 +39,20 @@ Files = dict[str, bytes]
 _KNOWN = ("label", "split", "group", "question", "options")
 _VIDEO = ".video"  # before the suffix of a file that a clip names as its video
 _LABEL_SUFFIXES = (".txt", ".cls")
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
-_END_MARK = bytes(1024)  # what an uncompressed tar archive ends with (POSIX ustar)
-_GZIP_MAGIC = b"\x1f\x8b"
+_ABOUT_SUFFIXES = (".json", *_LABEL_SUFFIXES)
+_PACKED: dict[bytes, Callable[[Any], Any]] = {  # by how the archive begins; addresses are called anything
+    rb"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    rb"BZh[1-9]1AY&SY": bz2.BZ2File,
+    rb"\xfd7zXZ\0|\]\0\0\x80": lzma.LZMAFile,
+}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_BROKEN = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
+_CURL_ENDED = {
+    6: "the host cannot be reached",
+    7: "the host cannot be reached",
+    18: "broken off",
+    22: "an HTTP error such as 404",
+}
 
 
 @dataclass(frozen=True)
@@ -102,23 +117,30 @@ class ShardClips(IterableDataset[ShardClip[T] | AudioError]):
     def _shard(self, url: str) -> Iterator[ShardClip[Files] | AudioError]:
         links: list[str] = []
         try:
-            for sample, members in groupby(_members(url, links), key=lambda member: member[0]):
-                yield self._clip(f"{url}/{sample}", {suffix: data for _, suffix, data in members})
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            for sample, members in _samples(url, links):
+                yield self._clip(f"{url}/{sample}", members)
+        except _BROKEN as error:
             yield AudioError(url, f"the shard cannot be read to its end ({error}); clips are missing")
         if links:
             yield AudioError(
                 url, f"{len(links)} of its members are links, such as {links[0]}: write the files themselves (tar -h)"
             )
 
-    def _clip(self, name: str, members: Mapping[str, bytes]) -> ShardClip[Files] | AudioError:
-        heard, seen = _heard_and_seen(members, self.pictures)
-        if heard is None:
-            return AudioError(name, f"no sound and no film among its members ({', '.join(members)})")
+    def _clip(self, name: str, found: Sequence[tuple[str, bytes]]) -> ShardClip[Files] | AudioError:
+        members = dict(found)
         try:
-            clip = Clip(name + heard, video=seen and name + seen, **_fields(members))
-        except (ValueError, TypeError) as error:
-            return AudioError(name + heard, f"its JSON does not describe a clip: {error}")
+            _check_names(name, [suffix for suffix, _ in found])
+            heard, seen = _heard_and_seen(members, self.pictures)
+            if heard is None:
+                apart = "; members of one name must stand next to each other: tar --sort=name"
+                raise AudioError(
+                    name,
+                    f"no sound and no film among its members ({', '.join(members)})"
+                    + (apart if set(members) <= set(_ABOUT_SUFFIXES) else ""),
+                )
+            clip = replace(_about(name, heard, members), audio=name + heard, video=seen and name + seen)
+        except AudioError as error:
+            return error
         files = {name + suffix: members[suffix] for suffix in (heard, seen) if suffix}
         digests = {address: hashlib.sha256(data).hexdigest() for address, data in files.items()}
         return ShardClip(clip, files, clip_key(clip, digests[clip.audio], digests[clip.video] if clip.video else None))
@@ -140,6 +162,35 @@ def decoded(item: ShardClip[Files], load: Callable[[Clip], T]) -> ShardClip[T] |
     return ShardClip(clip, content, item.key)
 
 
+def _check_names(name: str, suffixes: Sequence[str]) -> None:
+    """All after a name's first dot is suffix: `rain_0.5s.wav` and `rain_0.7s.wav` would be one clip, heard in part.
+
+    Raises:
+        AudioError: members of several clips share the name, or a label would not be seen.
+    """
+    for suffix, count in Counter(suffixes).items():
+        if count > 1:
+            raise AudioError(name + suffix, f"{count} members have this name: rename")
+    heard = [suffix for suffix in suffixes if suffix.endswith(EXTENSIONS)]
+    for kind, count in Counter(map(_kind, heard)).items():
+        if count > 1:
+            alike = [suffix for suffix in heard if _kind(suffix) == kind]
+            raise AudioError(
+                name + alike[0], f"{count} {kind} share the name up to the first dot ({', '.join(alike)}): rename"
+            )
+    for suffix in heard:
+        stem = os.path.splitext(suffix)[0]
+        about = next((stem + end for end in _ABOUT_SUFFIXES if stem + end in suffixes), None)
+        if about and stem not in ("", _VIDEO):
+            raise AudioError(name + suffix, f"the name ends at its first dot, so {about} is not seen: rename")
+
+
+def _kind(suffix: str) -> str:
+    if suffix.startswith(_VIDEO):
+        return "films to see"
+    return "films" if suffix.endswith(VIDEO_EXTENSIONS) else "sounds"
+
+
 def _heard_and_seen(members: Mapping[str, bytes], pictures: bool) -> tuple[str | None, str | None]:
     """Which members are a clip's `audio` and `video`. A film alone is both, and is its `video` only if named so."""
     sounds = [suffix for suffix in members if suffix.endswith(EXTENSIONS) and not suffix.startswith(_VIDEO)]
@@ -150,37 +201,77 @@ def _heard_and_seen(members: Mapping[str, bytes], pictures: bool) -> tuple[str |
     return heard, films[0] if films and pictures else None
 
 
-def _members(url: str, links: list[str]) -> Iterator[tuple[str, str, bytes]]:
-    """Sample name, lower-case suffix and content of each file in an archive; `links` gets the names of those that are
-    links, which a stream cannot follow.
+def _samples(url: str, links: list[str]) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """The members of each clip, by lower-case suffix.
+
+    Of an archive that breaks off, the last clip comes too if it has as many members as any before it, and at least a
+    sound and what is known of it: with fewer, it might lack its label or the stretch that it is.
 
     Raises:
-        OSError, EOFError, tarfile.TarError, zlib.error: it cannot be opened, is damaged or ends early.
+        OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError: see `_members`; after the last clip.
     """
-    from webdataset.gopen import gopen
+    held: list[tuple[str, bytes]] = []
+    last, most = "", 2
+    try:
+        for member in _members(url, links):
+            if held and (member is None or member[0] != last):
+                whole, held, most = held, [], max(most, len(held))
+                yield last, whole
+            if member is not None:
+                last, suffix, data = member
+                held.append((suffix, data))
+    except _BROKEN:
+        if len(held) >= most:
+            yield last, held
+        raise
+
+
+def _members(url: str, links: list[str]) -> Iterator[tuple[str, str, bytes] | None]:
+    """Sample name, lower-case suffix and content of each file in an archive, and None at its end mark; `links` gets the
+    names of those that are links, which a stream cannot follow. Hidden files (of macOS: `._x`) are passed over.
+
+    Raises:
+        OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError: it cannot be opened, is damaged, ends early or
+            goes on after its end mark.
+    """
+    from webdataset.gopen import gopen, set_options
 
     # webdataset knows http(s) and gs, but not s3.
-    address = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
-    source = _Source(gopen(address))
-    content = source.unpacked()
-    with source, tarfile.open(fileobj=content, mode="r|*", tarinfo=_Member) as archive:  # type: ignore[call-overload]
+    stream = gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url)
+    set_options(stream, ignore_errors=True)  # of a command that fails, all that it printed is read first
+    with (
+        _Source(stream) as source,
+        tarfile.open(fileobj=source.unpacked(), mode="r|", tarinfo=_Member) as archive,
+    ):
         for info in archive:
+            folder, name = os.path.split(info.name)
+            if name.startswith("."):
+                continue
             if info.islnk() or info.issym():
                 links.append(info.name)
             elif file := archive.extractfile(info):
-                folder, name = os.path.split(info.name)
                 sample, dot, suffix = name.partition(".")
                 yield os.path.join(folder, sample), dot + suffix.lower(), file.read()
-        content.drain()
-        if (content is not source or not url.endswith(_COMPRESSED)) and content.tail != _END_MARK:
+        yield None
+        rest: IO[bytes] = archive.fileobj  # type: ignore[assignment]
+        second = rest.read(tarfile.BLOCKSIZE)
+        more = bool(second.strip(b"\0"))
+        while data := rest.read(1 << 16):
+            more = more or bool(data.strip(b"\0"))
+        source.drain()
+        if more:
+            raise EOFError("more follows its end mark, as of archives joined by cat: give each its own address")
+        if len(second) < tarfile.BLOCKSIZE:
             raise EOFError("it has no end mark")
 
 
 class _Member(tarfile.TarInfo):
-    """A damaged header is an error: tarfile would take it for the end of the archive."""
+    """A damaged or missing header is an error: tarfile would take it for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Member:  # type: ignore[override]
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it has no end mark")
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
@@ -188,23 +279,28 @@ class _Member(tarfile.TarInfo):
 
 
 class _Source:
-    """Reads a stream to the end, where a failed download shows, and remembers its last bytes."""
+    """Reads a stream to the end, where a failed download shows."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
-        self.head = stream.read(len(_GZIP_MAGIC))
-        self.tail = b""
+        self.head = stream.read(10)
+        self.over = False
 
-    def unpacked(self) -> _Source:
-        """What gzip packed, or the stream itself: tarfile unpacks gzip too, but does not look at its checksum."""
-        if self.head != _GZIP_MAGIC:
-            return self
-        return _Source(cast("IO[bytes]", gzip.GzipFile(fileobj=cast("IO[bytes]", self), mode="rb")))
+    def unpacked(self) -> Any:
+        """What was packed, or the stream itself: tarfile unpacks too, but looks at no checksum, and at no second part.
+
+        Raises:
+            OSError: it is packed as Python cannot unpack.
+        """
+        if self.head.startswith(_ZSTD):
+            raise OSError("packed by zstd: use pipe:zstd -dc FILE")
+        unpack = next((unpack for begin, unpack in _PACKED.items() if re.match(begin, self.head)), None)
+        return unpack(self) if unpack else self
 
     def read(self, size: int) -> bytes:
         begun, self.head = self.head[:size], self.head[size:]
         data = begun + self.stream.read(size - len(begun))
-        self.tail = (self.tail + data)[-len(_END_MARK) :]
+        self.over = not data
         return data
 
     def drain(self) -> None:
@@ -215,26 +311,45 @@ class _Source:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.stream.close()  # of a pipe: raises OSError where the command failed
-        except OSError:
-            if kind is not GeneratorExit:  # a command that nobody reads on from fails rightly
-                raise
+        self.stream.close()
+        failed = getattr(self.stream, "status", 0) not in getattr(self.stream, "ignore_status", [0])
+        # A command that nobody reads on from fails rightly.
+        if failed and self.over and kind is not GeneratorExit:
+            raise OSError(_how_ended(self.stream))
 
 
-def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """What is known of a clip, from its members."""
-    if ".json" not in members:
-        labels = [members[suffix].decode().strip() for suffix in _LABEL_SUFFIXES if suffix in members]
-        return {"label": labels[0]} if labels else {}
-    known = json.loads(members[".json"])
-    if not isinstance(known, dict):
-        raise TypeError(f"expected an object, found {known!r}")
-    fields: dict[str, Any] = {name: float(known[name]) for name in ("start", "end") if known.get(name) is not None}
-    for name in _KNOWN:
-        if (value := known.get(name)) is not None:
-            fields[name] = tuple(map(str, value)) if isinstance(value, list) else str(value)
-    return fields
+def _how_ended(pipe: Any) -> str:
+    """How a command ended, in words."""
+    (command,), _ = pipe.args
+    name = (command.split() if isinstance(command, str) else command)[0]
+    meaning = _CURL_ENDED.get(pipe.status) if name == "curl" else None
+    return f"{name} ended with {pipe.status}" + (f" ({meaning})" if meaning else "")
+
+
+def _about(name: str, heard: str, members: Mapping[str, bytes]) -> Clip:
+    """What is known of a clip from its members, checked as a manifest's line is; `audio` and `video` mean nothing yet.
+
+    Raises:
+        AudioError: its JSON does not describe a clip, or its label is no text.
+    """
+    suffix = next((suffix for suffix in _ABOUT_SUFFIXES if suffix in members), "")
+    row: dict[str, Any] = {}
+    try:
+        text = members[suffix].decode("utf-8-sig") if suffix else ""
+        if suffix == ".json":
+            known = parsed_json(text, "its JSON")
+            if not isinstance(known, dict):
+                raise ValueError(f"its JSON: expected an object, found {known!r}")
+            row = {field: known[field] for field in (*_KNOWN, "start", "end") if field in known}
+        elif text.strip():
+            row = {"label": text.strip()}
+        return clip_of_row({**row, "audio": heard}, Path(), "its JSON", Counter())
+    except UnicodeDecodeError:
+        raise AudioError(name + suffix, "it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise AudioError(name + heard, f"its JSON: not JSON ({error})") from None
+    except ValueError as error:
+        raise AudioError(name + heard, str(error)) from None
 
 
 def shard_urls(urls: str | Sequence[str]) -> list[str]:
@@ -242,8 +357,10 @@ def shard_urls(urls: str | Sequence[str]) -> list[str]:
 
     Raises:
         ImportError: `webdataset` is not installed.
+        ValueError: an address has a scheme that nothing here can read.
     """
     try:
+        from webdataset.gopen import gopen_schemes, rewrite_url
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise ImportError("reading shards needs webdataset: pip install 'calm-pl[shards]'") from error
@@ -253,6 +370,14 @@ def shard_urls(urls: str | Sequence[str]) -> list[str]:
             found += sorted(map(str, Path(pattern).glob("*.tar*")))
         else:
             found += expand_urls(pattern)
+    schemes = {"file", "s3", *gopen_schemes} - {"__default__"}
+    for url in found:
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", rewrite_url(url))
+        if scheme and scheme[1] not in schemes:
+            raise ValueError(
+                f"{url}: nothing here reads {scheme[1]}: (but {', '.join(sorted(schemes))}); a command that prints the "
+                "archive does too, such as 'pipe:hdfs dfs -cat hdfs://host/clips.tar'"
+            )
     return found
 
 
