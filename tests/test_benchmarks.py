@@ -10,10 +10,12 @@ from benchmarks import extraction, fit, vote
 
 def test_extraction(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extraction, "RESULTS", tmp_path)
-    options = "--clips 3 --seconds 0.3 --batch-size 2 --workers 0 --rounds 1 --curve --name few"
+    options = (
+        "--backbone random-qwen2-audio --clips 3 --seconds 0.3 --batch-size 2 --workers 0 --rounds 1 --curve --name f"
+    )
     monkeypatch.setattr(sys, "argv", ["extraction", *options.split()])
     extraction.main()
-    found = json.loads((tmp_path / "few.json").read_text())
+    found = json.loads((tmp_path / "f.json").read_text())
     assert found["ways"].keys() >= {"authors_20", "authors_1", "plain", "hooked", "stopped", "ours"}
     assert found["ratios"].keys() == {"hooks", *(name for name, *_ in extraction.GOALS)}
     assert [point["batch_size"] for point in found["curve"]] == [1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -26,22 +27,26 @@ def test_clips_of_other_splits_are_left_out_and_counted(tones, tiny_lalm, tmp_pa
     assert sum(len(batch) for batch in ShardBatches(urls, Backbone(tiny_lalm), 4)) == 21
 
 
-def test_a_test_on_a_stream_counts_its_test_clips(tones, tiny_lalm, tmp_path, capsys):
-    listen(Folder(str(tones)), tiny_lalm, tmp_path / "files", str(tmp_path / "heads"), fit=True)
-    write_shards(read_manifest(tones), tmp_path / "tar", per_shard=6)
-    listen(Shards(str(tmp_path / "tar")), tiny_lalm, tmp_path / "stream", "none")
+@pytest.fixture(scope="module")
+def fitted(tones, tiny_lalm, tmp_path_factory) -> Path:
+    """A folder beside the checkpoint of a fit."""
+    folder = tmp_path_factory.mktemp("fitted") / "files"
+    listen(Folder(str(tones)), tiny_lalm, folder, str(folder.parent / "heads"), fit=True)
+    return folder.parent
+
+
+def test_a_test_on_a_stream_counts_its_test_clips(fitted, tones, tiny_lalm, tmp_path, capsys):
+    write_shards(read_manifest(tones), tmp_path, per_shard=6)
+    listen(Shards(str(tmp_path)), tiny_lalm, fitted / "stream", "none")
     assert "12 clips of other splits than test were left out" in capsys.readouterr().err
-    assert len((tmp_path / "stream" / "predictions.csv").read_text().splitlines()) == 1 + 9
+    assert len((fitted / "stream" / "predictions.csv").read_text().splitlines()) == 1 + 9
 
 
 @pytest.mark.parametrize("kind", ["empty", "training"])
-def test_a_stream_without_a_clip_to_test_is_an_error(tones, tiny_lalm, tmp_path, kind):
-    listen(Folder(str(tones)), tiny_lalm, tmp_path / "files", str(tmp_path / "heads"), fit=True)
-    clips = [replace(clip, split="train") for clip in read_manifest(tones)[:2]] if kind == "training" else []
-    (tmp_path / "tar").mkdir()
-    if clips:
-        write_shards(clips, tmp_path / "tar")
+def test_a_stream_without_a_clip_to_test_is_an_error(fitted, tones, tiny_lalm, tmp_path, kind):
+    if kind == "training":
+        write_shards([replace(clip, split="train") for clip in read_manifest(tones)[:2]], tmp_path)
     else:
-        tarfile.open(tmp_path / "tar" / "none.tar", "w").close()
+        tarfile.open(tmp_path / "none.tar", "w").close()
     with pytest.raises(ValueError, match="no clip was heard"):
-        listen(Shards(str(tmp_path / "tar")), tiny_lalm, tmp_path / "stream", "none")
+        listen(Shards(str(tmp_path)), tiny_lalm, fitted / kind, "none")
