@@ -21,6 +21,7 @@ from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
 from tests.conftest import tone
+from tests.test_wrong_weights import lora
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +116,7 @@ def test_quantised_heads_are_close_or_the_missing_package_is_named(clips, quanti
 
 
 def test_an_adapter_changes_the_heads_and_the_store(tiny_lalm, lalm, clips, tmp_path):
-    peft = pytest.importorskip("peft")
-    base = FrozenLALM.from_pretrained(tiny_lalm).model
-    lora = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
-    lora.save_pretrained(tmp_path / "lora")
-    backbone = Backbone(tiny_lalm, adapter=str(tmp_path / "lora"))
+    backbone = Backbone(tiny_lalm, adapter=str(lora(tiny_lalm, tmp_path / "lora")))
     adapted = backbone.load()
     assert adapted.head_names == lalm.head_names
     assert (adapted.head_outputs(clips) - lalm.head_outputs(clips)).abs().max() > 1e-3

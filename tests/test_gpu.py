@@ -27,6 +27,7 @@ from calm_pl.training.extraction import BatchSize, HeadExtraction, arithmetic, e
 from tests.conftest import tone
 from tests.extracting import QUIET
 from tests.test_module import data_module
+from tests.test_wrong_weights import lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 ACCELERATOR = "gpu"
@@ -126,12 +127,9 @@ def test_layers_spread_by_themselves_are_heard_as_on_the_cpu(tones, tiny_lalm, t
 
 
 def test_an_adapter_is_heard_as_on_the_cpu(tones, tiny_lalm, tmp_path, on_cpu):
-    peft = pytest.importorskip("peft")
-    base = FrozenLALM.from_pretrained(tiny_lalm).model
-    lora = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
-    lora.save_pretrained(tmp_path / "lora")
-    found_NKD = extracted(tones, tiny_lalm, tmp_path, adapter=str(tmp_path / "lora"))
-    adapted = FrozenLALM.from_pretrained(tiny_lalm, adapter=str(tmp_path / "lora"))
+    adapter = str(lora(tiny_lalm, tmp_path / "lora"))
+    found_NKD = extracted(tones, tiny_lalm, tmp_path, adapter=adapter)
+    adapted = FrozenLALM.from_pretrained(tiny_lalm, adapter=adapter)
     torch.testing.assert_close(found_NKD, adapted.head_outputs(read_manifest(tones)), atol=1e-3, rtol=1e-3)
     assert (found_NKD - on_cpu).abs().max() > 0.1
 

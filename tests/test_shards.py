@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from calm_pl.audio import AudioError, load_audio
 from calm_pl.clip import Clip
 from calm_pl.commands.shards import main
+from calm_pl.data.archives import shard_urls
 from calm_pl.data.manifest import write_manifest
-from calm_pl.data.shards import ShardClip, ShardClips, shard_urls, write_shards
+from calm_pl.data.shards import ShardClip, ShardClips, write_shards
 from calm_pl.headstore import HeadStore
 
 pytest.importorskip("webdataset")

@@ -21,7 +21,7 @@ from calm_pl.backbone.config import load_config, model_class_of
 from calm_pl.backbone.content import Modality
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.hooks import HeadCapture, capture_heads
-from calm_pl.backbone.placement import Quantization, load_adapter, placement
+from calm_pl.backbone.placement import Quantization, load_adapter, need, placement
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInputs, LongClips, PaddingSide
 from calm_pl.backbone.structure import Heads, find_head_sites
@@ -141,8 +141,10 @@ class FrozenLALM:
         processor = ClipProcessor(
             checkpoint, config, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
         )
-        where = placement(device, device_map, quantization, dtype, adapter)
-        folder = None if adapter is None else adapter_folder(adapter, checkpoint)
+        where, folder = placement(device, device_map, quantization, dtype), None
+        if adapter is not None:  # all that may be missing, before the weights are read
+            need("peft", "adapter")
+            folder = adapter_folder(adapter, checkpoint)
         try:
             loaded: Any = model_class.from_pretrained(
                 checkpoint,

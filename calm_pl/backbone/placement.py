@@ -16,27 +16,21 @@ Quantization = Literal["4bit", "8bit"]
 
 
 def placement(
-    device: str | torch.device,
-    device_map: str | None,
-    quantization: Quantization | None,
-    dtype: torch.dtype,
-    adapter: str | None = None,
+    device: str | torch.device, device_map: str | None, quantization: Quantization | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that say where weights go and in how many bits; none for a plain load.
 
     Raises:
         BackboneError: a package that this needs is missing, or ``quantization`` is unknown.
     """
-    if adapter is not None:
-        _need("peft", "adapter")
     arguments: dict[str, Any] = {}
     if device_map is not None or quantization is not None:
-        _need("accelerate", "device_map and quantization")
+        need("accelerate", "device_map and quantization")
         arguments["device_map"] = device_map or {"": str(device)}
     if quantization is not None:
         if quantization not in get_args(Quantization):
             raise BackboneError(f"quantization={quantization!r} is unknown: choose 4bit or 8bit.")
-        _need("bitsandbytes", f"quantization={quantization}")
+        need("bitsandbytes", f"quantization={quantization}")
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantization == "4bit",
             load_in_8bit=quantization == "8bit",
@@ -64,6 +58,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def _need(package: str, what: str) -> None:
+def need(package: str, what: str) -> None:
+    """Raise BackboneError where a package is not installed."""
     if find_spec(package) is None:
         raise BackboneError(f"{what} needs the package {package}: pip install {package}.")

@@ -24,11 +24,11 @@ from calm_pl.data.protocol import Protocol
 from calm_pl.data.recipes import Recipe, Shards
 from calm_pl.data.splits import check_disjoint, draw_support, without_repeats
 from calm_pl.data.stream import (
-    DEFAULT_BATCH_SIZE,
     BatchSize,
     ClipBatch,
     ShardBatches,
     of_all_ranks,
+    stream_batch_size,
     stream_loader,
 )
 from calm_pl.data.unlabelled import relabelled, unlabelled_clips
@@ -302,7 +302,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
 
     def _stream(self) -> DataLoader[ClipBatch]:
         assert isinstance(self.recipe, Shards) and self.trainer is not None
-        size = DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
+        size = stream_batch_size(self.batch_size)
         share = (self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         self.streamed, self.stream_errors, self.streamed_cut, self.streamed_past = {}, [], 0, 0

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from calm_pl.audio import AudioError
@@ -23,6 +24,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
 from calm_pl.data.shards import Files, ShardClip, ShardClips, decoded
 from calm_pl.headstore import HeadStore, Stamp, file_stamp
+from calm_pl.progress import say
 
 BatchSize = int | Literal["auto"]
 # What `auto` is where nothing is found by trying: on a CPU, where larger batches are no faster, and for streams.
@@ -252,6 +254,14 @@ def stream_loader(batches: Dataset[ClipBatch], num_workers: int, pin_memory: boo
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
     )
+
+
+def stream_batch_size(batch_size: BatchSize) -> int:
+    """Clips a batch of a stream, of which nobody knows the longest clip: `auto` is a constant there, and says so."""
+    if batch_size == "auto":
+        rank_zero_only(say)(f"batch size: {DEFAULT_BATCH_SIZE}; of a stream, auto finds none")
+        return DEFAULT_BATCH_SIZE
+    return batch_size
 
 
 def allow_open_files() -> None:

@@ -208,8 +208,9 @@ class HeadStore:
             HeadStoreError: the folder cannot be written to.
         """
         make_folder(self.folder)
-        # Written anew where it is torn, too; the first write looks.
-        if not (self._key_file_is_whole() if not self._unmerged else (self.folder / KEY_FILE).exists()):
+        # Written anew where it is torn, too; later writes do not read it again.
+        whole = (self.folder / KEY_FILE).exists() if self._unmerged else self._key_file_is_whole()
+        if not whole:
             about = {"format": FORMAT, "dtype": self.dtype, "key": self.key}
             write_atomically(self.folder / KEY_FILE, json.dumps(about, indent=2).encode(), durable=True)
         if not self._unmerged:

@@ -30,6 +30,7 @@ from calm_pl.data.stream import (
     ClipBatches,
     ShardBatches,
     file_stamps,
+    stream_batch_size,
     stream_loader,
 )
 from calm_pl.headstore import HeadStore, HeadStoreError, Stamp
@@ -292,10 +293,7 @@ class ShardDataModule(L.LightningDataModule):
         self.urls = urls
         self.backbone = backbone
         self.store = store
-        if batch_size == "auto":
-            say(f"batch size: {DEFAULT_BATCH_SIZE}; of a stream, whose longest clip is not known, auto finds none")
-            batch_size = DEFAULT_BATCH_SIZE
-        self.batch_size = batch_size
+        self.batch_size = stream_batch_size(batch_size)
         self.num_workers = num_workers
 
     def predict_dataloader(self) -> DataLoader[ClipBatch]:

@@ -33,7 +33,7 @@ class Shards:
         Raises:
             DataMissingError: no address is given.
         """
-        from calm_pl.data.shards import shard_urls
+        from calm_pl.data.archives import shard_urls
 
         if self.data_dir is None:
             raise DataMissingError(
