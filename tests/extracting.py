@@ -18,9 +18,15 @@ from calm_pl.data.manifest import read_manifest
 from calm_pl.headstore import HeadStore
 from calm_pl.training.extraction import ClipDataModule, HeadExtraction, StoreWriter
 
-# Forks of a process that has imported everything and started nothing.
+# Forks of a process that has imported everything and started nothing. There is one for all tests of a worker, and what
+# it has imported is what was asked for last: no other file may ask.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.extracting"])
+PROCESSES.set_forkserver_preload(
+    [
+        "tests.extracting", "calm_pl.training.trainer", "calm_pl.training.run_folder", "calm_pl.training.module",
+        "transformers.models.qwen2_audio.modeling_qwen2_audio", "hypothesis", "pytest",
+    ]
+)  # fmt: skip
 QUIET = {
     "accelerator": "cpu",
     "logger": False,

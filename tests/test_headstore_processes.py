@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,11 +19,8 @@ from torch import Tensor
 
 from calm_pl.clip import Clip
 from calm_pl.headstore import HeadStore, HeadStoreError
+from tests.extracting import PROCESSES, in_process
 from tests.test_headstore import KEY, heads, make_clips, shards, two_shards
-
-# Forks of a process that has imported everything and started nothing.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["calm_pl.clip", "calm_pl.headstore", "hypothesis", "pytest"])
 
 
 def hear(path: str) -> Tensor:
@@ -45,12 +40,6 @@ def extract(root: Path, clips: Sequence[Clip], batch_size: int, report: Connecti
         store.write([keys[index] for index in batch], vectors)
 
 
-def start(target: Callable[..., None], *arguments: Any) -> Any:
-    process = PROCESSES.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
 def write_all(root: Path, clips: Sequence[Clip], seed: int) -> None:
     order = random.Random(seed).sample(list(clips), len(clips))
     extract(root, order, batch_size=4)
@@ -59,7 +48,7 @@ def write_all(root: Path, clips: Sequence[Clip], seed: int) -> None:
 def test_two_processes_write_the_same_set_while_others_merge_and_read(tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "audio", 300)
     root = tmp_path / "store"
-    writers = [start(write_all, root, clips, seed) for seed in (1, 2)]
+    writers = [in_process(write_all, root, clips, seed) for seed in (1, 2)]
     reader, merger = HeadStore(KEY, root), HeadStore(KEY, root)
     keys = reader.clip_keys(clips)
     vectors = torch.cat([hear(clip.audio) for clip in clips]).half().float()
@@ -85,7 +74,7 @@ def test_killed_at_twenty_random_moments_then_resumed(tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "audio", 20 * 42)
     for _ in range(20):
         receiver, sender = PROCESSES.Pipe(duplex=False)
-        process = start(extract, tmp_path / "killed", clips, 1, sender)
+        process = in_process(extract, tmp_path / "killed", clips, 1, sender)
         for _ in range(chance.randint(1, 40)):
             receiver.recv_bytes()
         time.sleep(chance.uniform(0, 0.003))
@@ -120,7 +109,7 @@ def open_without_descriptors(root: Path, answer: Connection) -> None:
 def test_a_shard_that_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:
     two_shards(tmp_path)
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    start(open_without_descriptors, tmp_path, sender).join()
+    in_process(open_without_descriptors, tmp_path, sender).join()
     assert receiver.poll()
     assert receiver.recv() == "refused twice"
     assert HeadStore(KEY, tmp_path).missing(["a", "b", "c"]) == []
@@ -142,7 +131,7 @@ def write_beyond(root: Path, limit: int | None, answer: Connection) -> None:
 
 def assert_refused(root: Path, limit: int | None) -> None:
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = start(write_beyond, root, limit, sender)
+    process = in_process(write_beyond, root, limit, sender)
     process.join()
     assert receiver.poll()
     message = receiver.recv()

@@ -18,6 +18,7 @@ from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.structure import HeadSite
+from calm_pl.backbone.tensor_parallel import whole
 
 LAST_TOKEN = Pooling()
 
@@ -52,6 +53,7 @@ class HeadCapture:
             x_BE = _mean_of_valid_frames(x_BTE, self.inputs)
         else:
             x_BE = _mean_of_packed_frames(x_BTE, self.inputs)
+        x_BE = whole(x_BE, site.num_heads * site.head_dim)
         self.outputs[site.name] = x_BE.unflatten(-1, (site.num_heads, site.head_dim)).float()
         if len(self.outputs) == len(self.sites):
             raise StopForward

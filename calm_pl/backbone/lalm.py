@@ -25,6 +25,7 @@ from calm_pl.backbone.placement import Quantization, load_adapter, need, placeme
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInputs, LongClips, PaddingSide
 from calm_pl.backbone.structure import Heads, find_head_sites
+from calm_pl.backbone.tensor_parallel import check_cut, sharding, told_device
 from calm_pl.backbone.window import shorter_encoder
 from calm_pl.clip import Clip, length_batches
 
@@ -96,6 +97,7 @@ class FrozenLALM:
         pooling: str = "last",
         long_clips: LongClips = "cut",
         device_map: str | None = None,
+        tensor_parallel: bool = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
         modality: Modality = "audio",
@@ -120,6 +122,8 @@ class FrozenLALM:
                 ``audio`` (mean of the tokens that stand for sound).
             long_clips: ``cut`` clips at the model's window, or ``split`` them evenly and average the pieces' heads.
             device_map: ``auto`` spreads the layers over all GPUs (and needs accelerate); None uses ``device``.
+            tensor_parallel: cut every decoder layer over all processes of torch.distributed (or of torchrun); each must
+                then run the same batches, and gets all heads.
             quantization: ``4bit`` or ``8bit`` weights, by bitsandbytes.
             adapter: a LoRA adapter (needs peft): a folder, a folder inside the checkpoint, or a hub id.
             modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual`` (needs PyAV).
@@ -142,30 +146,37 @@ class FrozenLALM:
             checkpoint, config, prompt, padding_side, trust_remote_code, cut_window, long_clips, modality, frame_rate
         )
         where, folder = placement(device, device_map, quantization, dtype), None
+        if tensor_parallel:
+            options = {"device_map": device_map, "quantization": quantization, "adapter": adapter, "compile": compile}
+            where |= sharding(device, [name for name, value in options.items() if value])
         if adapter is not None:  # all that may be missing, before the weights are read
             need("peft", "adapter")
             folder = adapter_folder(adapter, checkpoint)
         try:
-            loaded: Any = model_class.from_pretrained(
-                checkpoint,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **where,
-            )
+            with told_device(device):
+                loaded: Any = model_class.from_pretrained(
+                    checkpoint,
+                    dtype=dtype,
+                    attn_implementation=attn_implementation,
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    **where,
+                )
             model, told = loaded
-            if device_map is None and quantization is None:
+            if not where:
                 model.to(device)
         except torch.cuda.OutOfMemoryError as error:
             raise BackboneError(
                 f"{path_or_hub_id} does not fit on {device} in {dtype}: use dtype bfloat16, quantization 4bit, "
-                "device_map auto, or a larger GPU."
+                "device_map auto, tensor_parallel on several GPUs, or a larger one."
             ) from error
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise BackboneError(f"the weights of {path_or_hub_id} cannot be loaded: {error}") from error
+            hint = " (leave tensor_parallel out)" if "distributed_config" in where else ""
+            raise BackboneError(f"the weights of {path_or_hub_id} cannot be loaded: {error}{hint}") from error
         lalm = cls(model, processor, heads, layers, pooling)
+        if "distributed_config" in where:
+            check_cut(model, lalm.sites, path_or_hub_id)
         if absent := _random_weights(model, told["missing_keys"]):
             raise BackboneError(
                 f"{path_or_hub_id} lacks {len(absent)} weights that heads are read behind, such as {absent[0]}: they "

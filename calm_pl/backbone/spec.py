@@ -46,6 +46,8 @@ class Backbone:
             (mean of the tokens that stand for sound).
         long_clips: ``cut`` clips at the model's window, or ``split`` them evenly and average the pieces' heads.
         device_map: ``auto`` spreads the layers over all GPUs of one process; null keeps the model on one.
+        tensor_parallel: cut every decoder layer over all processes of the run, so that each GPU holds a part of the
+            model; all of them then read every clip together.
         quantization: ``4bit`` or ``8bit`` weights, by bitsandbytes.
         adapter: a LoRA adapter (peft): a folder, a folder inside the checkpoint, or a hub id.
         modality: what is taken of a clip: ``audio``, ``video`` or ``audiovisual``; the last two need a model that sees,
@@ -68,6 +70,7 @@ class Backbone:
     pooling: str = "last"
     long_clips: str = "cut"
     device_map: str | None = None
+    tensor_parallel: bool = False
     quantization: str | None = None
     adapter: str | None = None
     modality: str = "audio"
@@ -99,8 +102,10 @@ class Backbone:
         from transformers.utils import logging
 
         from calm_pl.backbone.lalm import FrozenLALM
+        from calm_pl.backbone.tensor_parallel import is_first_process
 
-        say(f"loading {self.name}")
+        if is_first_process():
+            say(f"loading {self.name}")
         if not is_animated():
             logging.disable_progress_bar()
         return FrozenLALM.from_pretrained(
@@ -117,6 +122,7 @@ class Backbone:
             pooling=self.pooling,
             long_clips=self.long_clips,  # type: ignore[arg-type]  # checked by ClipProcessor
             device_map=self.device_map,
+            tensor_parallel=self.tensor_parallel,
             quantization=self.quantization,  # type: ignore[arg-type]  # checked by placement
             adapter=self.adapter,
             modality=self.modality,  # type: ignore[arg-type]  # checked by Content

@@ -28,6 +28,7 @@ from calm_pl.data.stream import (
     ClipBatch,
     ShardBatches,
     of_all_ranks,
+    share_of_rank,
     stream_batch_size,
     stream_loader,
 )
@@ -303,7 +304,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
     def _stream(self) -> DataLoader[ClipBatch]:
         assert isinstance(self.recipe, Shards) and self.trainer is not None
         size = stream_batch_size(self.batch_size)
-        share = (self.trainer.global_rank, self.trainer.world_size)
+        share = share_of_rank(self.trainer, self.backbone)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         self.streamed, self.stream_errors, self.streamed_cut, self.streamed_past = {}, [], 0, 0
         batches = ShardBatches(self.recipe.urls(), self.backbone, size, share=share, split="test")

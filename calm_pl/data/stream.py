@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple, TypeVar
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from calm_pl.audio import AudioError
 from calm_pl.backbone.content import Media
@@ -243,13 +244,28 @@ def _size(medium: Media) -> int:
     return len(medium.waveform_S) or frames
 
 
-def stream_loader(batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False) -> DataLoader[ClipBatch]:
-    """A loader over whole batches; workers decode ahead while the model computes."""
+def share_of_rank(trainer: L.Trainer, backbone: Backbone) -> tuple[int, int]:
+    """Which of how many shares of a run's batches this rank reads; ranks that hold one model together all read all."""
+    return (0, 1) if backbone.tensor_parallel else (trainer.global_rank, trainer.world_size)
+
+
+def stream_loader(
+    batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False, to_all_ranks: bool = False
+) -> DataLoader[ClipBatch]:
+    """A loader over whole batches; workers decode ahead while the model computes.
+
+    Args:
+        batches: what is loaded.
+        num_workers: processes that decode.
+        pin_memory: for copies to a GPU.
+        to_all_ranks: Lightning shall not deal the batches to ranks, as it does where no sampler does it already.
+    """
     if num_workers:
         allow_open_files()
     return DataLoader(
         batches,
         batch_size=None,
+        sampler=DistributedSampler(batches, 1, 0, shuffle=False) if to_all_ranks else None,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,

@@ -22,6 +22,7 @@ from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs
 from calm_pl.backbone.spec import Backbone
+from calm_pl.backbone.tensor_parallel import is_first_process
 from calm_pl.clip import Clip, length_batches
 from calm_pl.data.stream import (
     DEFAULT_BATCH_SIZE,
@@ -30,6 +31,7 @@ from calm_pl.data.stream import (
     ClipBatches,
     ShardBatches,
     file_stamps,
+    share_of_rank,
     stream_batch_size,
     stream_loader,
 )
@@ -84,11 +86,16 @@ class HeadExtraction(L.LightningModule):
             if self.backbone.device_map is not None and self.trainer.world_size > 1:
                 raise BackboneError(
                     f"device_map={self.backbone.device_map} spreads a model over the GPUs of one process, and "
-                    f"{self.trainer.world_size} run here: use --trainer gpu, or leave device_map out."
+                    f"{self.trainer.world_size} run here: use --trainer gpu, or tensor_parallel in place of device_map."
                 )
             device = self.trainer.strategy.root_device
             self._lalm = self.backbone.load(weights_dtype(self.trainer.precision), str(device))
         return self._lalm
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what this rank reads is to be kept: of ranks that hold one model together, the first one's is."""
+        return is_first_process() or not self.backbone.tensor_parallel
 
     def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
         return batch  # FrozenLALM.forward moves what it needs, in the dtype it needs
@@ -96,14 +103,19 @@ class HeadExtraction(L.LightningModule):
     def predict_step(self, batch: ClipBatch, batch_idx: int) -> HeadBatch | None:
         if batch.inputs is None:
             return None
-        return HeadBatch(batch.keys, self.read(batch.inputs), self.vector_names())
+        heads_BKD = self.read(batch.inputs)
+        return HeadBatch(batch.keys, heads_BKD, self.vector_names()) if self.keeps else None
 
     def read(self, inputs: LALMInputs) -> Tensor:
         """Head outputs (B, K, D); a batch for which memory does not suffice is run in halves.
 
+        Ranks that hold one model together do not, since memory may suffice for some of them.
+
         Raises:
             BackboneError: memory does not suffice for a single clip.
         """
+        if self.backbone.tensor_parallel:
+            return self.vectors(inputs)
         return run_in_halves(self.vectors, inputs, self._tell_halved)
 
     def _tell_halved(self, size: int) -> None:
@@ -271,8 +283,9 @@ class ClipDataModule(L.LightningDataModule):
         batches = ClipBatches(
             self.clips, self.keys, self.wanted, self.batches[share::shares], self.backbone, self.stamps
         )
-        self.clips_of_this_rank = sum(map(len, batches.batches)) // trainer.world_size
-        return stream_loader(batches, self.num_workers, pin_memory=_on_gpu(trainer))
+        _, ranks = share_of_rank(trainer, self.backbone)
+        self.clips_of_this_rank = sum(map(len, batches.batches)) // ranks
+        return stream_loader(batches, self.num_workers, _on_gpu(trainer), self.backbone.tensor_parallel)
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -299,7 +312,7 @@ class ShardDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[ClipBatch]:
         trainer = self.trainer
         assert trainer is not None
-        share = (trainer.global_rank, trainer.world_size)
+        share = share_of_rank(trainer, self.backbone)
         batches = ShardBatches(self.urls, self.backbone, self.batch_size, self.store, share)
         return stream_loader(batches, self.num_workers, pin_memory=_on_gpu(trainer))
 
@@ -309,9 +322,16 @@ def _on_gpu(trainer: L.Trainer) -> bool:
 
 
 def chosen_batch_size(trainer: L.Trainer, extraction: L.LightningModule, clips: Sequence[Clip], largest: int) -> int:
-    """What ``batch_size: auto`` stands for: rank 0 finds it, as the clips will be run, and all ranks take the same."""
+    """What ``batch_size: auto`` stands for: rank 0 finds it, as the clips will be run, and all ranks take the same.
+
+    Ranks that hold one model together find none: where memory ended for one of them, the others would wait for it.
+    """
     assert isinstance(extraction, HeadExtraction)
     size = DEFAULT_BATCH_SIZE
+    if extraction.backbone.tensor_parallel:
+        if trainer.is_global_zero:
+            say(f"batch size: {size}; with tensor_parallel, auto finds none")
+        return size
     if clips and _on_gpu(trainer) and trainer.is_global_zero:
         device = trainer.strategy.root_device
         lalm, largest = extraction.lalm, min(largest, LARGEST_BATCH)
@@ -347,7 +367,7 @@ def extract_missing(
     Returns:
         Clips that cannot be used, by position, with the reason.
     """
-    share = (trainer.global_rank, trainer.world_size)
+    share = share_of_rank(trainer, extraction.backbone)
     data = ClipDataModule(clips, extraction.backbone, store, batch_size, num_workers, share)
     data.setup()
     trainer.strategy.barrier("head store read")
@@ -373,7 +393,7 @@ def extract_missing(
     trainer.strategy.barrier("head store written")
     if trainer.is_global_zero:
         store.compact()
-        say(f"{extraction.title}: {progress.summary(trainer.world_size)}")
+        say(f"{extraction.title}: {progress.summary(share[1])}")
     return unusable_clips(data)
 
 

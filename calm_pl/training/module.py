@@ -135,11 +135,13 @@ class CalmModule(L.LightningModule):
         """Clips of a stream become head outputs here, in no more memory than a batch takes, and are asked about."""
         if isinstance(batch, LabelledHeads):
             return batch
-        labelled = self.data.label_streamed(batch, self._extraction.heads_of(batch)).to(self.device)
+        heads_BKD = self._extraction.heads_of(batch)
+        kept = batch if self._extraction.keeps else ClipBatch([], [], None, [])
+        labelled = self.data.label_streamed(kept, heads_BKD[: len(kept)]).to(self.device)
         if ZERO_SHOT in self.scores:
             asking = ZeroShot(self.data.backbone, batch.clips, self.classes, self.zero_shot_by, self._extraction.lalm)
-            kept_BV = asking.heads_of(batch).squeeze(1).cpu()
-            probabilities_BC = asking.probabilities(kept_BV, batch.clips).to(self.device)
+            kept_BV = asking.heads_of(batch)[: len(kept)].squeeze(1).cpu()
+            probabilities_BC = asking.probabilities(kept_BV, kept.clips).to(self.device)
             self.scores[ZERO_SHOT].update(labelled.indices_B, probabilities_BC, labelled.labels_B)
         return labelled
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Shards
-from calm_pl.data.stream import of_all_ranks
+from calm_pl.data.stream import of_all_ranks, share_of_rank
 from calm_pl.headstore import HeadStore
 from calm_pl.progress import say
 from calm_pl.training.extraction import (
@@ -73,12 +74,14 @@ class CalmTrainer(ExtractingTrainer):
             processor.warn_of_cut_clips(data.clips)
         self.predict(extraction, datamodule=data, return_predictions=False)
         self.strategy.barrier("head store written")
-        errors = of_all_ranks(progress.errors)
-        cut, total = (sum(of_all_ranks([count])) for count in (progress.cut, progress.clips))
+        _, ranks = share_of_rank(self, extraction.backbone)
+        told = of_all_ranks([(progress.errors, progress.cut, progress.clips)])[:ranks]
+        errors_of_ranks, cuts, totals = zip(*told, strict=True)
+        errors = list(chain.from_iterable(errors_of_ranks))
         if processor:
-            processor.warn_of_cut(cut, total)
+            processor.warn_of_cut(sum(cuts), sum(totals))
             store.compact()
-            say(f"{extraction.title}: {progress.summary(self.world_size)}")
+            say(f"{extraction.title}: {progress.summary(ranks)}")
             for error in sorted(set(errors)):
                 print(f"not stored: {error}", file=sys.stderr)
-        return errors, total - len(errors)
+        return errors, sum(totals) - len(errors)
