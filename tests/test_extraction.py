@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from calm_pl import cli
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import ClipProcessor
 from calm_pl.backbone.spec import Backbone
@@ -316,3 +319,18 @@ def test_workers_decode_the_same(unbroken, tones, tiny_lalm, tmp_path):
     callbacks = [StoreWriter(store)]
     trainer(callbacks=callbacks).predict(HeadExtraction(backbone), datamodule=data, return_predictions=False)
     assert torch.equal(store.read(data.keys), unbroken)
+
+
+def test_a_lost_worker_is_told_in_one_line(tones, tiny_lalm, tmp_path, monkeypatch):
+    load = ClipProcessor.load
+    here = os.getpid()
+
+    def out_of_memory(self, clip):
+        if os.getpid() != here and clip.label == "middle":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, clip)
+
+    monkeypatch.setattr(ClipProcessor, "load", out_of_memory)
+    recipe = ["--data", "folder", "--data.recipe.init_args.data_dir", str(tones), "--data.num_workers", "1"]
+    with pytest.raises(SystemExit, match=r"^calm: error: a process that decodes clips was killed: .*DataLoader worker"):
+        cli.main(["extract", *recipe, "--backbone", tiny_lalm, "--data.store", str(tmp_path / "heads")])

@@ -27,6 +27,10 @@ NO_GPU = (
     "torch sees no GPU here. --trainer.accelerator auto takes what there is; with an NVIDIA GPU, see whether "
     "nvidia-smi lists it and whether this torch was built for CUDA (python -m torch.utils.collect_env)"
 )
+LOST_WORKER = (
+    "a process that decodes clips was killed: the memory was full or, in a container, the shared memory (docker run "
+    "--ipc=host). A smaller --data.num_workers or --data.batch_size needs less"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -61,6 +65,10 @@ def run(cli: type[CalmCLI], arguments: list[str]) -> None:
         if os.environ.get("CALM_DEBUG"):
             raise
         sys.exit(f"calm: error: {NO_GPU if 'No supported gpu backend' in str(error) else error}")
+    except RuntimeError as error:
+        if os.environ.get("CALM_DEBUG") or not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(f"calm: error: {LOST_WORKER} ({error})")
 
 
 def hush() -> None:
