@@ -52,7 +52,8 @@ from calm_pl.clip import Clip, length_batches
 from calm_pl.commands.lightning import hush
 from calm_pl.headstore import HeadStore
 from calm_pl.training.batch_size import fitting_batch_size, is_out_of_memory
-from calm_pl.training.extraction import ClipDataModule, HeadExtraction, StoreWriter
+from calm_pl.training.extraction import HeadExtraction, StoreWriter
+from calm_pl.training.extraction_data import ClipDataModule
 from calm_pl.training.progress import ExtractionProgress
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,8 @@ import torch
 from calm_pl.backbone.spec import Backbone
 from calm_pl.data.manifest import read_manifest
 from calm_pl.headstore import HeadStore
-from calm_pl.training.extraction import ClipDataModule, HeadExtraction, StoreWriter
+from calm_pl.training.extraction import HeadExtraction, StoreWriter
+from calm_pl.training.extraction_data import ClipDataModule
 
 # Forks of a process that has imported everything and started nothing. There is one for all tests of a worker, and what
 # it has imported is what was asked for last: no other file may ask.

@@ -16,6 +16,7 @@ import torch
 
 from calm_pl import cli
 from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.backbone.processing import ClipProcessor
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
@@ -24,15 +25,9 @@ from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder
 from calm_pl.data.stream import ClipBatches
 from calm_pl.headstore import HeadStore, HeadStoreError
-from calm_pl.training import extraction
-from calm_pl.training.extraction import (
-    ClipDataModule,
-    HeadExtraction,
-    StoreWriter,
-    arithmetic,
-    extract_missing,
-    unusable_clips,
-)
+from calm_pl.training import extraction_data
+from calm_pl.training.extraction import HeadExtraction, StoreWriter, extract_missing
+from calm_pl.training.extraction_data import ClipDataModule, unusable_clips
 from tests.conftest import tone
 from tests.extracting import PROCESSES, fill, fill_in_two_ranks, in_process, in_two_ranks, stored, trainer
 
@@ -280,7 +275,7 @@ def data_batches(data: ClipDataModule) -> ClipBatches:
 
 
 def test_what_another_node_keeps_to_itself_is_told_with_the_way_out(tones, tiny_lalm, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "LOOK_AGAIN_AFTER", (0, 0))
+    monkeypatch.setattr(extraction_data, "LOOK_AGAIN_AFTER", (0, 0))
     backbone = Backbone(tiny_lalm)
     data = ClipDataModule(read_manifest(tones / "train"), backbone, HeadStore(backbone.store_key(), tmp_path))
     data.setup()

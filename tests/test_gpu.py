@@ -15,15 +15,17 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from calm_pl import CalmModule
 from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import GRW, SAV, KNearest, LinearProbe, MeanOfHeads, NearestPrototype
 from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest
+from calm_pl.data.stream import BatchSize
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
-from calm_pl.training.extraction import BatchSize, HeadExtraction, arithmetic, extract_missing
+from calm_pl.training.extraction import HeadExtraction, extract_missing
 from tests.conftest import tone
 from tests.extracting import QUIET
 from tests.test_module import data_module

@@ -17,7 +17,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from calm_pl.backbone.spec import Backbone
 from calm_pl.data.recipes import Folder
 from calm_pl.headstore import HeadStore
-from calm_pl.training.extraction import ClipDataModule, ExtractingTrainer, HeadExtraction, StoreWriter
+from calm_pl.training.extraction import ExtractingTrainer, HeadExtraction, StoreWriter
+from calm_pl.training.extraction_data import ClipDataModule
 from tests.extracting import QUIET, free_port, stored
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0")

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
 from calm_pl.data.recipes.sounds import SOUNDS
@@ -16,7 +17,7 @@ from calm_pl.data.recipes.synthesis import RATE
 from calm_pl.data.recipes.synthetic import scene
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
-from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
+from calm_pl.training.extraction import HeadExtraction, extract_missing
 from tests.extracting import trainer
 
 CLASSES, SUPPORT, QUERIES = 6, 6, 20

@@ -28,6 +28,7 @@ from calm_pl.data.stream import (
     ClipBatch,
     ShardBatches,
     of_all_ranks,
+    on_gpu,
     share_of_rank,
     stream_batch_size,
     stream_loader,
@@ -305,10 +306,9 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         assert isinstance(self.recipe, Shards) and self.trainer is not None
         size = stream_batch_size(self.batch_size)
         share = share_of_rank(self.trainer, self.backbone)
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
         self.streamed, self.stream_errors, self.streamed_cut, self.streamed_past = {}, [], 0, 0
         batches = ShardBatches(self.recipe.urls(), self.backbone, size, share=share, split="test")
-        return stream_loader(batches, self.num_workers, pin_memory=on_gpu)
+        return stream_loader(batches, self.num_workers, pin_memory=on_gpu(self.trainer))
 
     def expect(self, classes: Sequence[str]) -> None:
         """The classes that labels of a stream may be; any of its clips may have several."""

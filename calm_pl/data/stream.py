@@ -249,6 +249,11 @@ def share_of_rank(trainer: L.Trainer, backbone: Backbone) -> tuple[int, int]:
     return (0, 1) if backbone.tensor_parallel else (trainer.global_rank, trainer.world_size)
 
 
+def on_gpu(trainer: L.Trainer) -> bool:
+    """Whether this rank computes on a CUDA device."""
+    return trainer.strategy.root_device.type == "cuda"
+
+
 def stream_loader(
     batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False, to_all_ranks: bool = False
 ) -> DataLoader[ClipBatch]:

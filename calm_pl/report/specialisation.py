@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.classifier import CalmClassifier
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.labelled import TEST_CHUNK, LabelledHeads, StoredHeads
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.report.run import Run, heads_for, trusted_weights
-from calm_pl.training.extraction import arithmetic
 from calm_pl.training.module import CalmModule, full_precision
 
 # A class's top heads carry this share of its weight. Those that carry 90 % are nearly all heads that it uses at all.

@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Recipe
@@ -28,7 +29,7 @@ from calm_pl.data.splits import check_disjoint, draw_support
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.compare import Difference, Fold, Row, compare, half_width, mean_and_half, paired_differences
 from calm_pl.progress import Task
-from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing
+from calm_pl.training.extraction import HeadExtraction, extract_missing
 from calm_pl.training.results import wide_console, write_json
 
 ROWS_FILE = "rows.csv"

@@ -5,7 +5,6 @@ Shapes: B clips of a batch, K heads, D head dimension.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,43 +14,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from calm_pl.audio import AudioError
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
-from calm_pl.backbone.processing import ClipProcessor, LALMInputs
+from calm_pl.backbone.precision import weights_dtype
+from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
 from calm_pl.backbone.tensor_parallel import is_first_process
-from calm_pl.clip import Clip, length_batches
-from calm_pl.data.stream import (
-    DEFAULT_BATCH_SIZE,
-    BatchSize,
-    ClipBatch,
-    ClipBatches,
-    ShardBatches,
-    file_stamps,
-    share_of_rank,
-    stream_batch_size,
-    stream_loader,
-)
-from calm_pl.headstore import HeadStore, HeadStoreError, Stamp
+from calm_pl.clip import Clip
+from calm_pl.data.stream import DEFAULT_BATCH_SIZE, BatchSize, ClipBatch, on_gpu, share_of_rank
+from calm_pl.headstore import HeadStore
 from calm_pl.progress import say
 from calm_pl.training.batch_size import LARGEST_BATCH, fitting_batch_size, run_in_halves
+from calm_pl.training.extraction_data import ClipDataModule, unusable_clips
 from calm_pl.training.progress import ExtractionProgress, shows_progress
-
-# What the Trainer's precision means for frozen weights; under "-mixed" they stay float32 and autocast does the rest.
-PRECISION_DTYPES = {
-    "32-true": "float32",
-    "bf16-true": "bfloat16",
-    "16-true": "float16",
-    "bf16-mixed": "float32",
-    "16-mixed": "float32",
-}
-
-
-BATCHES_EACH = 4  # that `batch_size: auto` leaves at least to every worker of every rank, where there are clips enough
-LOOK_AGAIN_AFTER = (0, 5, 20)  # seconds, for what other nodes wrote to a network folder
 
 
 @dataclass
@@ -133,6 +109,23 @@ class HeadExtraction(L.LightningModule):
             return torch.empty(0, self.lalm.num_heads, self.lalm.head_dim, dtype=torch.float32)
         return self.read(batch.inputs)
 
+    def chosen_batch_size(self, clips: Sequence[Clip], largest: int) -> int:
+        """What ``batch_size: auto`` stands for: rank 0 finds it, as the clips will be run, and all ranks take the same.
+
+        Ranks that hold one model together find none: where memory ended for one of them, the others would wait for it.
+        """
+        trainer, size = self.trainer, DEFAULT_BATCH_SIZE
+        if self.backbone.tensor_parallel:
+            if trainer.is_global_zero:
+                say(f"batch size: {size}; with tensor_parallel, auto finds none")
+            return size
+        if clips and on_gpu(trainer) and trainer.is_global_zero:
+            device, largest = trainer.strategy.root_device, min(largest, LARGEST_BATCH)
+            with torch.inference_mode(), trainer.precision_plugin.forward_context():
+                size = fitting_batch_size(self.vectors, self.lalm.processor, clips, device, largest)
+            say(f"batch size: {size}")
+        return trainer.strategy.broadcast(size)
+
     def vectors(self, inputs: LALMInputs) -> Tensor:
         """One pass (B, K, D)."""
         return self.lalm.forward(inputs)
@@ -140,19 +133,6 @@ class HeadExtraction(L.LightningModule):
     def vector_names(self) -> list[str]:
         """K names."""
         return self.lalm.head_names
-
-
-def weights_dtype(precision: str) -> str:
-    """The dtype of frozen weights under a Trainer's precision. Raises ValueError for one that has no meaning here."""
-    if precision not in PRECISION_DTYPES:
-        raise ValueError(f"precision={precision!r}: backbones run in {', '.join(PRECISION_DTYPES)}.")
-    return PRECISION_DTYPES[precision]
-
-
-def arithmetic(precision: str) -> str:
-    """What a head output was computed in, for store keys: the dtype of the weights, or under "-mixed" the precision."""
-    dtype = weights_dtype(precision)
-    return precision if precision.endswith("-mixed") else dtype
 
 
 class StoreWriter(BasePredictionWriter):
@@ -171,9 +151,8 @@ class StoreWriter(BasePredictionWriter):
         self._write()  # the batch before; of this one a GPU has only been told
         if prediction is not None:
             heads_BKD, device = prediction.heads_BKD, prediction.heads_BKD.device
-            on_gpu = device.type == "cuda"
-            self._computed = replace(prediction, heads_BKD=heads_BKD.to("cpu", non_blocking=on_gpu))
-            self._copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
+            self._computed = replace(prediction, heads_BKD=heads_BKD.to("cpu", non_blocking=device.type == "cuda"))
+            self._copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def on_predict_end(self, *_: Any) -> None:
         self._write()
@@ -188,157 +167,6 @@ class StoreWriter(BasePredictionWriter):
                 self._copied.synchronize()
             wanted = {row: key for row, key in enumerate(batch.keys) if key is not None}
             self.store.write(list(wanted.values()), batch.heads_BKD[list(wanted)], batch.head_names)
-
-
-class ClipDataModule(L.LightningDataModule):
-    """The clips whose head outputs are missing, for ``Trainer.predict(HeadExtraction(...))``.
-
-    Args:
-        clips: all clips of the run.
-        backbone: whose processor makes the inputs.
-        store: where head outputs are kept; what it lacks is computed.
-        batch_size: clips a forward pass; ``auto`` finds what fits the GPU.
-        num_workers: processes that decode.
-        share: (rank, world size) of this process, where its Trainer knows of no other; None leaves the sharing to
-            Lightning, which gives each batch to one rank.
-    """
-
-    def __init__(
-        self,
-        clips: Sequence[Clip],
-        backbone: Backbone,
-        store: HeadStore,
-        batch_size: BatchSize = 8,
-        num_workers: int = 0,
-        share: tuple[int, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.clips = clips
-        self.backbone = backbone
-        self.store = store
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.share = share
-        self.keys: list[str] = []
-        self.stamps: dict[str, Stamp | None] = {}
-        self.wanted: list[int] = []
-        self.batches: list[list[int]] | None = None
-        self.clips_of_this_rank: int | None = None
-        self._processor: ClipProcessor | None = None
-
-    def prepare_data(self) -> None:
-        """Hash the files on one rank of each node; the others find the hashes remembered."""
-        self.store.clip_keys(self.clips)
-
-    def setup(self, stage: str | None = None) -> None:
-        """See what is missing. No rank may write before all have seen it: Lightning waits for all after setup."""
-        if not self.keys:
-            self.stamps = file_stamps(self.clips)
-            self.keys = self.store.clip_keys(self.clips)
-            self.wanted = self.store.missing(self.keys)
-            if self.wanted:
-                self.store.prepare()
-
-    def why_unusable(self, index: int) -> str | None:
-        """The error of decoding a clip; None where there is none."""
-        if self._processor is None:
-            self._processor = self.backbone.clip_processor()
-        try:
-            self._processor.load(self.clips[index])
-        except AudioError as error:
-            return str(error)
-        return None
-
-    def plan(self, trainer: L.Trainer, extraction: L.LightningModule) -> None:
-        """Decide the batches. Rank 0 does, for all: another process may write between two ranks' looks at the store."""
-        self.wanted = trainer.strategy.broadcast(self.wanted)
-        self.batches = []
-        if not self.wanted:
-            return
-        size = self._size(trainer, extraction) if self.batch_size == "auto" else self.batch_size
-        if trainer.is_global_zero:
-            self.batches = self.store.planned_batches(self.keys, self.wanted, size, lambda new: self._split(new, size))
-        self.batches = trainer.strategy.broadcast(self.batches)
-
-    def _size(self, trainer: L.Trainer, extraction: L.LightningModule) -> int:
-        """What `auto` is. A run that goes on after a kill takes the size of the one before it, and so its batches; and
-        no size leaves a rank or one of its workers without a few batches of the whole set."""
-        unfinished = self.store.unfinished_batch_size(self.keys, self.wanted)
-        if unfinished := trainer.strategy.broadcast(unfinished):
-            return unfinished
-        share = len(self.clips) // (BATCHES_EACH * trainer.world_size * max(1, self.num_workers))
-        return chosen_batch_size(trainer, extraction, self.clips, max(DEFAULT_BATCH_SIZE, share))
-
-    def _split(self, positions: list[int], size: int) -> list[list[int]]:
-        batches = length_batches([self.clips[index] for index in positions], size)
-        return [[positions[row] for row in batch] for batch in batches]
-
-    def predict_dataloader(self) -> DataLoader[ClipBatch]:
-        trainer = self.trainer
-        assert trainer is not None
-        if self.batches is None:
-            self.plan(trainer, trainer.lightning_module)
-        assert self.batches is not None
-        share, shares = self.share or (0, 1)
-        batches = ClipBatches(
-            self.clips, self.keys, self.wanted, self.batches[share::shares], self.backbone, self.stamps
-        )
-        _, ranks = share_of_rank(trainer, self.backbone)
-        self.clips_of_this_rank = sum(map(len, batches.batches)) // ranks
-        return stream_loader(batches, self.num_workers, _on_gpu(trainer), self.backbone.tensor_parallel)
-
-
-class ShardDataModule(L.LightningDataModule):
-    """Clips of tar shards, for ``Trainer.predict(HeadExtraction(...))``; see `ShardBatches`.
-
-    The longest clip of a stream is not known, so ``auto`` is a constant here.
-    """
-
-    def __init__(
-        self,
-        urls: Sequence[str],
-        backbone: Backbone,
-        store: HeadStore,
-        batch_size: BatchSize = 8,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
-        self.urls = urls
-        self.backbone = backbone
-        self.store = store
-        self.batch_size = stream_batch_size(batch_size)
-        self.num_workers = num_workers
-
-    def predict_dataloader(self) -> DataLoader[ClipBatch]:
-        trainer = self.trainer
-        assert trainer is not None
-        share = share_of_rank(trainer, self.backbone)
-        batches = ShardBatches(self.urls, self.backbone, self.batch_size, self.store, share)
-        return stream_loader(batches, self.num_workers, pin_memory=_on_gpu(trainer))
-
-
-def _on_gpu(trainer: L.Trainer) -> bool:
-    return trainer.strategy.root_device.type == "cuda"
-
-
-def chosen_batch_size(trainer: L.Trainer, extraction: L.LightningModule, clips: Sequence[Clip], largest: int) -> int:
-    """What ``batch_size: auto`` stands for: rank 0 finds it, as the clips will be run, and all ranks take the same.
-
-    Ranks that hold one model together find none: where memory ended for one of them, the others would wait for it.
-    """
-    assert isinstance(extraction, HeadExtraction)
-    size = DEFAULT_BATCH_SIZE
-    if extraction.backbone.tensor_parallel:
-        if trainer.is_global_zero:
-            say(f"batch size: {size}; with tensor_parallel, auto finds none")
-        return size
-    if clips and _on_gpu(trainer) and trainer.is_global_zero:
-        device = trainer.strategy.root_device
-        lalm, largest = extraction.lalm, min(largest, LARGEST_BATCH)
-        with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            size = fitting_batch_size(extraction.vectors, lalm.processor, clips, device, largest)
-        say(f"batch size: {size}")
-    return trainer.strategy.broadcast(size)
 
 
 class ExtractingTrainer(L.Trainer):
@@ -395,25 +223,3 @@ def extract_missing(
         store.compact()
         say(f"{extraction.title}: {progress.summary(share[1])}")
     return unusable_clips(data)
-
-
-def unusable_clips(data: ClipDataModule) -> dict[int, str]:
-    """Why clips are still missing after an extraction: decoding them again tells.
-
-    Raises:
-        HeadStoreError: one can be decoded. What another node wrote may be seen late in a network folder, or never.
-    """
-    lost: list[int] = []
-    for seconds in LOOK_AGAIN_AFTER:
-        time.sleep(seconds)
-        missing = {data.keys[index] for index in data.store.missing(data.keys)}
-        # Files of the same bytes have one key: where one cannot be used, none can.
-        reasons = {index: data.why_unusable(index) for index, key in enumerate(data.keys) if key in missing}
-        lost = [index for index, reason in reasons.items() if reason is None]
-        if not lost:
-            return {index: reason for index, reason in reasons.items() if reason is not None}
-    raise HeadStoreError(
-        f"{data.clips[lost[0]].audio} can be decoded, but its head outputs are not in {data.store.folder}: it changed "
-        "while this ran, or another node wrote them to a folder of its own. Run it again, or set CALM_STORE to a "
-        "folder that all nodes share."
-    )

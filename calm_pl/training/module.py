@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from calm_pl.backbone.precision import arithmetic, weights_dtype
 from calm_pl.classifier import CalmClassifier
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.labelled import STEPS_PER_EPOCH, LabelledHeads
@@ -26,7 +27,7 @@ from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import MetricSpace
 from calm_pl.progress import Task, say
-from calm_pl.training.extraction import HeadExtraction, arithmetic, extract_missing, weights_dtype
+from calm_pl.training.extraction import HeadExtraction, extract_missing
 from calm_pl.training.metrics import ClipScores
 from calm_pl.training.progress import shows_progress
 from calm_pl.training.spoofing import GENUINE, attack_table, is_spoofing, spoofing_figures

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.sampling import sampled_votes
 from calm_pl.backbone.spec import Backbone
@@ -22,7 +23,8 @@ from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.stream import ClipBatch
 from calm_pl.headstore import HeadStore
-from calm_pl.training.extraction import ClipDataModule, HeadBatch, HeadExtraction, arithmetic
+from calm_pl.training.extraction import HeadBatch, HeadExtraction
+from calm_pl.training.extraction_data import ClipDataModule
 from calm_pl.training.trainer import CalmTrainer
 from calm_pl.training.zero_shot import ZeroShot
 

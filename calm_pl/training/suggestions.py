@@ -12,12 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from calm_pl.backbone.precision import PRECISION_DTYPES
 from calm_pl.backbone.spec import Backbone
 from calm_pl.classifier import CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.suggestion import by_coverage, by_entropy, by_margin, head_features
-from calm_pl.training.extraction import PRECISION_DTYPES, ClipDataModule, HeadExtraction
+from calm_pl.training.extraction import HeadExtraction
+from calm_pl.training.extraction_data import ClipDataModule
 from calm_pl.training.trainer import CalmTrainer
 
 By = Literal["margin", "entropy", "coverage"]

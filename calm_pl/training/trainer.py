@@ -5,20 +5,14 @@ from __future__ import annotations
 import sys
 from itertools import chain
 
+from calm_pl.backbone.precision import arithmetic
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Shards
 from calm_pl.data.stream import of_all_ranks, share_of_rank
 from calm_pl.headstore import HeadStore
 from calm_pl.progress import say
-from calm_pl.training.extraction import (
-    ClipDataModule,
-    ExtractingTrainer,
-    HeadExtraction,
-    ShardDataModule,
-    StoreWriter,
-    arithmetic,
-    unusable_clips,
-)
+from calm_pl.training.extraction import ExtractingTrainer, HeadExtraction, StoreWriter
+from calm_pl.training.extraction_data import ClipDataModule, ShardDataModule, unusable_clips
 from calm_pl.training.module import CalmModule
 from calm_pl.training.progress import ExtractionProgress, shows_progress
 
