@@ -83,12 +83,12 @@ def test_every_clip_once_over_two_ranks_of_two_workers(tmp_path: Path) -> None:
 def test_a_clip_comes_as_it_is_heard_from_its_file(tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "audio", 6)
     clips += [Clip(clips[0].audio, ("a", "b"), question="Which?", options=("a", "b", "c"), start=0.01, end=0.05)]
-    clips += [Clip(clips[1].audio, start=0.03), Clip(clips[2].audio, end=0.02)]
+    clips += [Clip(clips[1].audio, "a", start=0.03, confidence=0.7), Clip(clips[2].audio, end=0.02)]
     shards, _ = write_shards(clips, tmp_path / "shards", per_shard=4)
     read, _ = stream([str(path) for path in shards])
     for item, clip in zip(read, clips, strict=True):
         assert torch.equal(item.content, heard(clip))
-        for name in ("label", "group", "split", "question", "options"):
+        for name in ("label", "confidence", "group", "split", "question", "options"):
             assert getattr(item.clip, name) == getattr(clip, name)
     assert [item.key for item in read[:6]] == HeadStore({}, tmp_path).clip_keys(clips[:6])
     assert len({item.key for item in read}) == len(clips)
@@ -306,6 +306,14 @@ def test_a_blank_text_is_no_label(tmp_path: Path, sound: bytes) -> None:
     shard_of(tmp_path / "x.tar", [("a.wav", sound), ("a.txt", b""), ("b.wav", sound), ("b.cls", b" \n")])
     clips, errors = stream(str(tmp_path / "x.tar"))
     assert ([item.clip.label for item in clips], errors) == ([None, None], [])
+
+
+def test_a_label_beside_json_without_one_is_read(tmp_path: Path, sound: bytes) -> None:
+    about = b'{"group": "g", "caption": "a dog"}'
+    members = [("a.wav", sound), ("a.json", about), ("a.txt", b"a dog barks"), ("a.cls", b"dog")]
+    shard_of(tmp_path / "x.tar", [*members, ("b.wav", sound), ("b.json", b'{"label": "cat"}'), ("b.txt", b"dog")])
+    clips, errors = stream(str(tmp_path / "x.tar"))
+    assert ([(item.clip.label, item.clip.group) for item in clips], errors) == ([("dog", "g"), ("cat", None)], [])
 
 
 def test_labels_apart_from_their_sounds_are_told(tmp_path: Path, sound: bytes) -> None:

@@ -1,8 +1,8 @@
 """Data sets that fit nowhere: clips in WebDataset tar shards, read as a stream, and written from a manifest.
 
 A sample of a shard is a run of members that share a name up to its first dot: the sound or the film (`00000042.flac`,
-`00000042.mp4`) or both, and what is known of it, as JSON with the fields of a `Clip` (`00000042.json`) or just its
-label (`.txt` or `.cls`). A clip's `video`, where it names one, is the member `00000042.video.mp4`.
+`00000042.mp4`) or both, and what is known of it, as JSON with the fields of a `Clip` (`00000042.json`), its label alone
+(`.cls` or `.txt`), or both. A clip's `video`, where it names one, is the member `00000042.video.mp4`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from calm_pl.headstore import clip_key
 T = TypeVar("T")
 Files = dict[str, bytes]
 
-_KNOWN = ("label", "split", "group", "question", "options")
+_KNOWN = ("label", "confidence", "split", "group", "question", "options")
 _VIDEO = ".video"  # before the suffix of a file that a clip names as its video
-_LABEL_SUFFIXES = (".txt", ".cls")
+_LABEL_SUFFIXES = (".cls", ".txt")
 _ABOUT_SUFFIXES = (".json", *_LABEL_SUFFIXES)
 
 
@@ -189,17 +189,18 @@ def _about(name: str, heard: str, members: Mapping[str, bytes]) -> Clip:
     Raises:
         AudioError: its JSON does not describe a clip, or its label is no text.
     """
-    suffix = next((suffix for suffix in _ABOUT_SUFFIXES if suffix in members), "")
     row: dict[str, Any] = {}
+    suffix = ""
     try:
-        text = members[suffix].decode("utf-8-sig") if suffix else ""
-        if suffix == ".json":
-            known = parsed_json(text, "its JSON")
-            if not isinstance(known, dict):
-                raise ValueError(f"its JSON: expected an object, found {known!r}")
-            row = {field: known[field] for field in (*_KNOWN, "start", "end") if field in known}
-        elif text.strip():
-            row = {"label": text.strip()}
+        for suffix in (suffix for suffix in _ABOUT_SUFFIXES if suffix in members):
+            text = members[suffix].decode("utf-8-sig")
+            if suffix == ".json":
+                known = parsed_json(text, "its JSON")
+                if not isinstance(known, dict):
+                    raise ValueError(f"its JSON: expected an object, found {known!r}")
+                row = {field: known[field] for field in (*_KNOWN, "start", "end") if field in known}
+            elif text.strip() and row.get("label") is None:
+                row["label"] = text.strip()
         return clip_of_row({**row, "audio": heard}, Path(), "its JSON", Counter())
     except UnicodeDecodeError:
         raise AudioError(name + suffix, "it is not UTF-8 text") from None
