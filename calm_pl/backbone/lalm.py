@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from calm_pl.backbone.placement import Quantization, load_adapter, need, placeme
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInputs, LongClips, PaddingSide
 from calm_pl.backbone.structure import Heads, find_head_sites
-from calm_pl.backbone.tensor_parallel import check_cut, sharding, told_device
+from calm_pl.backbone.tensor_parallel import check_cut, cutting, sharding
 from calm_pl.backbone.window import shorter_encoder
 from calm_pl.clip import Clip, length_batches
 
@@ -149,11 +149,12 @@ class FrozenLALM:
         if tensor_parallel:
             options = {"device_map": device_map, "quantization": quantization, "adapter": adapter, "compile": compile}
             where |= sharding(device, [name for name, value in options.items() if value])
+        is_cut = "distributed_config" in where
         if adapter is not None:  # all that may be missing, before the weights are read
             need("peft", "adapter")
             folder = adapter_folder(adapter, checkpoint)
         try:
-            with told_device(device):
+            with cutting(device) if is_cut else nullcontext():
                 loaded: Any = model_class.from_pretrained(
                     checkpoint,
                     dtype=dtype,
@@ -172,10 +173,10 @@ class FrozenLALM:
                 "device_map auto, tensor_parallel on several GPUs, or a larger one."
             ) from error
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            hint = " (leave tensor_parallel out)" if "distributed_config" in where else ""
+            hint = " (leave tensor_parallel out)" if is_cut else ""
             raise BackboneError(f"the weights of {path_or_hub_id} cannot be loaded: {error}{hint}") from error
         lalm = cls(model, processor, heads, layers, pooling)
-        if "distributed_config" in where:
+        if is_cut:
             check_cut(model, lalm.sites, path_or_hub_id)
         if absent := _random_weights(model, told["missing_keys"]):
             raise BackboneError(

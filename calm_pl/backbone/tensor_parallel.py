@@ -55,9 +55,11 @@ def sharding(device: str | torch.device, others: Sequence[str]) -> dict[str, Any
 
 
 @contextmanager
-def told_device(device: str | torch.device) -> Iterator[None]:
-    """For the length of the block, `LOCAL_RANK` is the number of this process's GPU, by which transformers takes one:
-    SLURM does not set it, and a run need not use the first GPUs of its machine."""
+def cutting(device: str | torch.device) -> Iterator[None]:
+    """Around a load by `sharding`: `LOCAL_RANK` is the number of this process's GPU, by which transformers takes one.
+
+    SLURM does not set it, and a run need not use the first GPUs of its machine.
+    """
     before, index = os.environ.get("LOCAL_RANK"), torch.device(device).index
     try:
         if index is not None:
