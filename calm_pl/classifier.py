@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,12 +22,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 from typing_extensions import Self
 
-from calm_pl.backbone.checkpoints import WITHOUT_DOWNLOAD
+from calm_pl.backbone.checkpoints import WITHOUT_DOWNLOAD, resolve_checkpoint
 from calm_pl.backbone.errors import BackboneError
-from calm_pl.backbone.lalm import ClipLike, FrozenLALM
+from calm_pl.backbone.lalm import ClipLike, FrozenLALM, as_clip
 from calm_pl.backbone.named import named_backbone
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import Clip
+from calm_pl.clip import DEFAULT_QUESTION, Clip
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.metric_space import Whitened
 
@@ -54,6 +55,7 @@ class CalmClassifier:
         classes: class names (whole numbers, where the labels were), in the order of the columns of
             :meth:`predict_proba`.
         backbone: which model's heads it reads.
+        question: what clips are asked that bring no question of their own; None is the usual question.
 
     Raises:
         ValueError: there is no such device here.
@@ -64,6 +66,7 @@ class CalmClassifier:
         self.device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
         self.classes: list[str] = []
         self.backbone: Backbone | None = None
+        self.question: str | None = None
         self.fingerprint: dict[str, str] = {}
         self.dtype = "float32"
         self._lalm: FrozenLALM | None = None
@@ -79,7 +82,7 @@ class CalmClassifier:
         """Learn from labelled clips. A fit that fails leaves what was learned before.
 
         Args:
-            files: paths or Clips.
+            files: paths or Clips; a question that all Clips share is asked of clips in use, too.
             labels: class name of each: all text, or all whole numbers; a list, an array or a tensor.
             backbone: a shipped name, a folder, a hub id, or a Backbone.
             dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
@@ -99,7 +102,7 @@ class CalmClassifier:
             known = ", ".join(map(str, classes))
             raise ValueError(f"labels name {len(classes)} class ({known}): at least two are needed.")
         chosen = backbone if isinstance(backbone, Backbone) else named_backbone(backbone)
-        fingerprint = chosen.fingerprint()
+        fingerprint = _fingerprint(chosen)
         self._lalm = None  # two models may not fit into memory, and an older one can be loaded again
         lalm = chosen.load(dtype, self.device)
         index = {name: i for i, name in enumerate(classes)}
@@ -107,16 +110,20 @@ class CalmClassifier:
         self.method.fit(heads_NKD, torch.tensor([index[name] for name in names]), len(classes))
         self.backbone, self.fingerprint, self.dtype = chosen, fingerprint, dtype
         self.classes, self._lalm = classes, lalm
+        self.question = _question_of(clip for clip in map(as_clip, clips))
         return self
 
     @classmethod
-    def from_fitted(cls, method: HeadClassifier, classes: Sequence[str], backbone: Backbone, dtype: str) -> Self:
-        """Wrap a method that was fitted elsewhere (by ``CalmModule``) on heads of ``backbone``."""
+    def from_fitted(
+        cls, method: HeadClassifier, classes: Sequence[str], backbone: Backbone, dtype: str, clips: Sequence[Clip] = ()
+    ) -> Self:
+        """Wrap a method that was fitted elsewhere (by ``CalmModule``) on heads of ``backbone`` for these clips."""
         classifier = cls(method)
         classifier.classes = list(classes)
         classifier.backbone = backbone
-        classifier.fingerprint = backbone.fingerprint()
+        classifier.fingerprint = _fingerprint(backbone)
         classifier.dtype = dtype
+        classifier.question = _question_of(clips)
         return classifier
 
     @property
@@ -136,10 +143,14 @@ class CalmClassifier:
             ValueError: files is one path, and no list.
         """
         self._fitted()
-        clips = _several(files)
+        clips = self.asked(_several(files))
         with torch.inference_mode():
             probabilities_NC: Tensor = self.method(self.lalm.head_outputs(clips, batch_size=batch_size))
         return probabilities_NC
+
+    def asked(self, files: Iterable[ClipLike]) -> list[Clip]:
+        """The clips, with the question of the support set where they bring none."""
+        return [clip if clip.question else replace(clip, question=self.question) for clip in map(as_clip, files)]
 
     def predict(self, files: Iterable[ClipLike], batch_size: int = 8) -> list[str]:
         """The most probable class of each clip. Raises as :meth:`predict_proba`."""
@@ -157,8 +168,8 @@ class CalmClassifier:
         for row in rows:
             if row["coverage"] == coverage:
                 return float(row["threshold"])
-        known = (
-            ", ".join(f"{row['coverage']:g}" for row in rows) or "none: nothing could be left out of its support set"
+        known = ", ".join(f"{row['coverage']:g}" for row in rows) or (
+            f"none: {type(self.method).__name__} keeps no such figure, or nothing could be left out of its support set"
         )
         raise ValueError(f"coverage={coverage:g}: this classifier knows the confidence for a coverage of {known}.")
 
@@ -169,10 +180,13 @@ class CalmClassifier:
         """
         backbone = self._fitted()
         target = Path(folder).expanduser()
-        local = Path(backbone.path).expanduser()
         # So that the classifier works from any working directory; a shipped name means the same in each.
-        if backbone.path not in WITHOUT_DOWNLOAD and local.is_dir():
+        if backbone.path not in WITHOUT_DOWNLOAD and (local := Path(backbone.path).expanduser()).is_dir():
             backbone = replace(backbone, path=str(local.resolve()))
+        if backbone.adapter is not None and (local := Path(backbone.adapter).expanduser()).is_dir():
+            inside = resolve_checkpoint(backbone.path, backbone.revision) / backbone.adapter
+            if not inside.exists():
+                backbone = replace(backbone, adapter=str(local.resolve()))
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
         weights = save(state)
         config = {
@@ -182,6 +196,7 @@ class CalmClassifier:
             "whitened": _class_path(self.method.method) if isinstance(self.method, Whitened) else None,
             "backbone": asdict(backbone),
             "backbone_files": self.fingerprint,
+            "question": self.question,
             "dtype": self.dtype,
             "choices": self.method.choices(),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -207,6 +222,7 @@ class CalmClassifier:
         folder_or_hub_id: str | os.PathLike[str],
         backbone: str | Backbone | None = None,
         device: str | None = None,
+        adapter: str | None = None,
     ) -> Self:
         """Load a saved classifier: a folder, a run folder (its ``classifier/``), or a hub id.
 
@@ -214,6 +230,7 @@ class CalmClassifier:
             folder_or_hub_id: where it is.
             backbone: where the backbone lies on this machine, if not where it lay when fitting.
             device: where the backbone runs.
+            adapter: where its adapter lies on this machine, if not where it lay when fitting.
 
         Raises:
             FileNotFoundError: no classifier there.
@@ -231,7 +248,7 @@ class CalmClassifier:
             whitened = config.get("whitened")
             method = Whitened(_method_class(whitened)()) if whitened else _method_class(config["method"])()
             classes, dtype, fingerprint = list(config["classes"]), config["dtype"], dict(config["backbone_files"])
-            fitted_on = Backbone(**config["backbone"])
+            fitted_on, question = Backbone(**config["backbone"]), config.get("question")  # older ones have none
         with _named_if_damaged(folder / WEIGHTS_FILE):
             weights = (folder / WEIGHTS_FILE).read_bytes()
             state = load(weights)
@@ -242,12 +259,17 @@ class CalmClassifier:
             method.load_state_dict(state)
         classifier = cls(method, device)
         classifier.classes, classifier.dtype, classifier.fingerprint = classes, dtype, fingerprint
-        if backbone is None:
-            classifier.backbone = fitted_on
-        else:
+        classifier.question = question
+        moved = fitted_on
+        if backbone is not None:
             given = backbone if isinstance(backbone, Backbone) else named_backbone(backbone)
-            classifier.backbone = replace(fitted_on, path=given.path, revision=given.revision)
-            _check_same_backbone(classifier.fingerprint, classifier.backbone)
+            adapter = adapter or given.adapter
+            moved = replace(moved, path=given.path, revision=given.revision)
+        if adapter is not None:
+            moved = replace(moved, adapter=adapter)
+        if moved is not fitted_on:
+            _check_same_backbone(fingerprint, moved)
+        classifier.backbone = moved
         return classifier
 
     def _fitted(self) -> Backbone:
@@ -292,8 +314,26 @@ def _plain(labels: Iterable[Any]) -> list[Any]:
     return names
 
 
+def _question_of(clips: Iterable[Clip]) -> str | None:
+    """The question that all clips share; without one, tells that clips in use will be asked another."""
+    questions = sorted({clip.question or "" for clip in clips})
+    if len(questions) > 1:
+        warnings.warn(
+            f"the classifier was fitted on clips with {len(questions)} different questions; in use, a clip that brings "
+            f"none is asked {DEFAULT_QUESTION!r}, and its heads may differ for that",
+            stacklevel=3,
+        )
+        return None
+    return next(iter(questions), None) or None
+
+
+def _fingerprint(backbone: Backbone) -> dict[str, str]:
+    """Content hashes of all files that decide what the backbone says, its adapter's too."""
+    return {**backbone.fingerprint(), **{f"adapter/{name}": x for name, x in backbone.adapter_fingerprint().items()}}
+
+
 def _check_same_backbone(fitted_on: dict[str, str], backbone: Backbone) -> None:
-    found = backbone.fingerprint()
+    found = _fingerprint(backbone)
     different = sorted(name for name in fitted_on.keys() | found.keys() if fitted_on.get(name) != found.get(name))
     if different:
         raise BackboneError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from calm_pl.audio import AudioError, audio_seconds
 
@@ -43,6 +45,15 @@ class Clip:
     def labels(self) -> tuple[str, ...]:
         """Its classes as a tuple: none, one or several."""
         return () if self.label is None else (self.label,) if isinstance(self.label, str) else self.label
+
+
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """As clips name their files: without `..`, which of a link to a folder is the folder that the link leads into, as
+    `open` has it."""
+    there = Path(path).absolute()
+    if ".." in there.parts:
+        return os.path.join(os.path.realpath(there.parent), there.name)
+    return os.path.normpath(there)
 
 
 def length_batches(clips: Sequence[Clip], batch_size: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from calm_pl import CalmClassifier
 from calm_pl.audio import AudioError
 from calm_pl.backbone.errors import BackboneError
+from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import SAV
 from calm_pl.cli import main
 from calm_pl.clip import Clip
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
 from tests.conftest import damaged, tone
+from tests.test_wrong_weights import lora
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +273,49 @@ def test_a_bad_clip_is_named(classifier, tmp_path):
     (tmp_path / "empty.wav").write_bytes(b"")
     with pytest.raises(AudioError, match="empty.wav"):
         classifier.predict([tmp_path / "empty.wav"])
+
+
+def test_the_question_of_the_support_set_is_asked_in_use(labelled, tiny_lalm, tmp_path):
+    clips = [Clip(str(file), question="How high is it?") for file in labelled[0]]
+    fitted = CalmClassifier().fit(clips, labelled[1], backbone=tiny_lalm)
+    fitted.save_pretrained(tmp_path)
+    for used in (fitted, CalmClassifier.from_pretrained(tmp_path)):
+        assert torch.equal(used.predict_proba(labelled[0]), used.predict_proba(clips))
+        others = [Clip(clip.audio, question="Why?") for clip in clips]
+        assert not torch.equal(used.predict_proba(others), used.predict_proba(clips))
+    clips[0] = Clip(clips[0].audio, question="Why?")
+    with pytest.warns(UserWarning, match="2 different questions; in use, a clip that brings none is asked 'What sound"):
+        assert CalmClassifier().fit(clips, labelled[1], backbone=tiny_lalm).question is None
+
+
+def test_an_adapter_belongs_to_the_classifier(labelled, tiny_lalm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lora(tiny_lalm, tmp_path / "lora")
+    fitted = CalmClassifier().fit(*labelled, backbone=Backbone(tiny_lalm, adapter="lora"))
+    fitted.save_pretrained("saved")
+    predicted = fitted.predict_proba(labelled[0])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(CalmClassifier.from_pretrained(tmp_path / "saved").predict_proba(labelled[0]), predicted)
+    (tmp_path / "lora").rename(tmp_path / "moved")
+    moved = CalmClassifier.from_pretrained(tmp_path / "saved", adapter=str(tmp_path / "moved"))
+    assert torch.equal(moved.predict_proba(labelled[0]), predicted)
+    file = str(labelled[0][0])
+    assert main(["classify", str(tmp_path / "saved"), file, "--adapter", str(tmp_path / "moved")]) == 0
+    lora(tiny_lalm, tmp_path / "lora")  # of other weights
+    with pytest.raises(BackboneError, match=r"adapter/adapter_model\.safetensors differ"):
+        CalmClassifier.from_pretrained(tmp_path / "saved").predict(labelled[0])
+
+
+def test_classify_passes_over_what_it_cannot_name_and_what_is_hidden(classifier, tmp_path, capsys):
+    classifier.save_pretrained(tmp_path / "classifier")
+    good = tone(tmp_path / "sounds" / "good.wav", 200)
+    for name in (b"na\xefve.wav", b"._good.wav"):
+        shutil.copy(good, os.fsencode(tmp_path / "sounds") + b"/" + name)
+    assert main(["classify", str(tmp_path / "classifier"), str(tmp_path / "sounds")]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2 and str(good) in shown.out
+    assert len(shown.err.splitlines()) == 1 and r"na\xefve.wav: its name is not UTF-8" in shown.err
 
 
 def test_classify_prints_a_line_a_file_and_names_the_bad_ones(classifier, tmp_path, capsys):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.sampling import sampled_votes
 from calm_pl.clip import Clip
 from calm_pl.data import ManifestError, read_manifest, write_manifest
+from calm_pl.data.recipes import Folder
 from calm_pl.data.splits import draw_support
 from calm_pl.data.unlabelled import relabelled, unlabelled_clips
 from calm_pl.training.pseudolabels import Asking, labelled, likelihood_shares, vote_shares
@@ -114,6 +117,32 @@ def test_a_folder_needs_class_names(tones, tiny_lalm, tmp_path, capsys):
     calm(*arguments, "--classes", "hum, whistle", "--asking.keep", "2", "--data.num_workers", "0", "--out", out)
     assert {clip.label for clip in read_manifest(out)} <= {"hum", "whistle"}
     assert "of 9 clips got a label" in capsys.readouterr().out
+
+
+def test_of_one_clip_no_average_is_taken(tones, tiny_lalm, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(tones / "test" / "low" / "0.wav", tmp_path / "one")
+    arguments = ["pseudolabel", "--clips", tmp_path / "one", "--backbone", tiny_lalm, "--accelerator", "cpu"]
+    shares = []
+    for balance in ("true", "false"):
+        out = tmp_path / f"{balance}.jsonl"
+        told = pytest.warns(UserWarning, match="1 clips do not tell") if balance == "true" else contextlib.nullcontext()
+        with told:
+            calm(*arguments, "--classes", "hum, whistle, bang", "--asking.balance", balance, "--out", out)
+        shares += [(clip.label, clip.confidence) for clip in read_manifest(out)]
+    assert len(shares) == 2 and shares[0] == shares[1] and shares[0][1] > 0.334
+
+
+def test_a_name_that_no_manifest_could_hold_is_told_at_once(tones, tmp_path):
+    shutil.copy(tones / "test" / "low" / "0.wav", os.fsencode(tmp_path) + b"/na\xefve.wav")
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        unlabelled_clips(tmp_path)
+
+
+def test_clips_are_known_again_by_another_way_to_their_folder(by_likelihood, tones):
+    (tones.parent / "elsewhere").mkdir(exist_ok=True)
+    pool = Folder(str(tones.parent / "elsewhere" / ".." / tones.name)).clips()
+    assert len(relabelled(pool, by_likelihood)) == 12
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tiny_lalm, tmp_path):

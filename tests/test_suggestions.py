@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shlex
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -93,6 +94,26 @@ def test_what_is_labelled_is_not_suggested(tones, tiny_lalm, tmp_path):
     out = tmp_path / "to-label.csv"
     calm("suggest", tones, "--backbone", tiny_lalm, "--labelled", tones / "train", "--count", 50, "--out", out)
     assert {clip.audio for clip in read_manifest(out)} == {str(file) for file in (tones / "test").rglob("*.wav")}
+
+
+def test_what_is_labelled_is_known_by_any_way_to_it(tones, tiny_lalm, tmp_path, monkeypatch):
+    """Rows without a label are not labelled; links lead to folders elsewhere, and names begin with a space."""
+    sounds, deep = tmp_path / "sounds", tmp_path / "a" / "b" / "c"
+    for folder in (sounds, deep, tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    for name, number in (("x.wav", 0), ("y.wav", 1), (" z.wav", 2)):
+        shutil.copy(tones / "test" / "low" / f"{number}.wav", sounds / name)
+    (tmp_path / "link").symlink_to(deep)
+    (tmp_path / "labelled.csv").write_text("audio,label\nsounds/x.wav,low\nsounds/y.wav,\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = tmp_path / "link" / "out.csv"
+    calm(
+        "suggest", "../sounds", "--backbone", tiny_lalm, "--labelled", tmp_path / "labelled.csv", "--count", 9,
+        "--out", out,
+    )  # fmt: skip
+    assert {os.path.realpath(clip.audio) for clip in read_manifest(out)} == {
+        str(sounds / name) for name in ("y.wav", " z.wav")
+    }
 
 
 @pytest.mark.parametrize(

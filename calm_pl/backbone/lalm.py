@@ -27,7 +27,7 @@ from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInput
 from calm_pl.backbone.structure import Heads, find_head_sites
 from calm_pl.backbone.tensor_parallel import check_cut, cutting, sharding
 from calm_pl.backbone.window import shorter_encoder
-from calm_pl.clip import Clip, length_batches
+from calm_pl.clip import Clip, absolute_path, length_batches
 
 ClipLike = Clip | str | os.PathLike[str]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -246,4 +246,4 @@ def _random_weights(model: PreTrainedModel, missing: Collection[str]) -> list[st
 
 def as_clip(clip: ClipLike) -> Clip:
     """A path is a clip without a label."""
-    return clip if isinstance(clip, Clip) else Clip(audio=os.path.abspath(os.fspath(clip)))
+    return clip if isinstance(clip, Clip) else Clip(absolute_path(clip))

@@ -176,6 +176,12 @@ class Backbone:
         checkpoint = resolve_checkpoint(self.path, self.revision)
         return _digests(checkpoint, root, code=self.trust_remote_code)
 
+    def adapter_fingerprint(self, root: str | Path | None = None) -> dict[str, str]:
+        """The same of its adapter; empty without one."""
+        if self.adapter is None:
+            return {}
+        return _digests(adapter_folder(self.adapter, resolve_checkpoint(self.path, self.revision)), root)
+
     def store_key(self, dtype: str = "float32", root: str | Path | None = None) -> Mapping[str, Any]:
         """Everything but the clip that decides a head output; a head store is keyed by it.
 
@@ -198,7 +204,7 @@ class Backbone:
         if self.quantization is not None:
             key["quantization"] = self.quantization
         if self.adapter is not None:
-            key["adapter"] = _digests(adapter_folder(self.adapter, resolve_checkpoint(self.path, self.revision)), root)
+            key["adapter"] = self.adapter_fingerprint(root)
         if self.modality != "audio":
             key |= {"modality": self.modality, "frame_rate": self.frame_rate}
         return key

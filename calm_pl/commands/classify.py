@@ -13,28 +13,34 @@ from pathlib import Path
 def main(argv: list[str]) -> int:
     """Print ``path,prediction,confidence`` of every file; exit code 1 if one, or a folder, could not be used."""
     options = _parser().parse_args(argv)
-    from calm_pl.audio import EXTENSIONS, AudioError
+    from calm_pl.audio import EXTENSIONS, NOT_UTF8, AudioError, is_utf8
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.classifier import CalmClassifier
+    from calm_pl.clip import absolute_path
 
     if options.batch_size < 1:
         sys.exit(f"calm: error: --batch-size {options.batch_size}: at least 1 clip a batch")
     found = [(path, _audio_files(path, EXTENSIONS)) for path in options.files]
-    files = [file for _, inside in found for file in inside]
+    files = [file for _, inside in found for file in inside if is_utf8(file)]
+    unusable = 0
+    for file in (file for _, inside in found for file in inside if not is_utf8(file)):
+        unusable += 1
+        print(f"calm: {os.fsencode(file).decode(errors='backslashreplace')}: {NOT_UTF8}", file=sys.stderr)
     empty = [path for path, inside in found if not inside]
     for path in empty:
         print(f"calm: {path}: no audio file in this folder; looked for {', '.join(EXTENSIONS)}", file=sys.stderr)
     if not files:
         return 1
     try:
-        classifier = CalmClassifier.from_pretrained(options.classifier, options.backbone, options.device)
+        classifier = CalmClassifier.from_pretrained(
+            options.classifier, options.backbone, options.device, options.adapter
+        )
         threshold = 0.0 if options.coverage is None else classifier.threshold(options.coverage)
         classifier.lalm  # noqa: B018  # loaded here, so that a wrong backbone is told before any file
     except (BackboneError, FileNotFoundError, ValueError) as error:
         sys.exit(f"calm: error: {error}")
     writer = csv.writer(sys.stdout)
     writer.writerow(["path", "prediction", "confidence"])
-    unusable = 0
     for first in range(0, len(files), options.batch_size):
         whole = batch = files[first : first + options.batch_size]
         while batch:
@@ -46,7 +52,7 @@ def main(argv: list[str]) -> int:
             except AudioError as error:  # tell it, and go on without it
                 unusable += 1
                 print(f"calm: {error}", file=sys.stderr)
-                batch = [file for file in batch if os.path.abspath(file) != error.path]
+                batch = [file for file in batch if absolute_path(file) != error.path]
                 continue
             for file, prediction, confidence in zip(batch, prediction_N.tolist(), confidence_N.tolist(), strict=True):
                 name = classifier.classes[prediction] if confidence >= threshold else "unknown"
@@ -57,10 +63,13 @@ def main(argv: list[str]) -> int:
 
 
 def _audio_files(path: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """A file as given; a folder stands for the audio files in it, at any depth."""
+    """A file as given; a folder stands for the audio files in it, at any depth, but hidden ones."""
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions)
+    return sorted(
+        file for file in path.rglob("*")
+        if file.suffix.lower() in extensions and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("classifier", help="run folder, folder written by save_pretrained, or hub id")
     parser.add_argument("files", nargs="+", type=Path, help="audio files, or folders of them")
     parser.add_argument("--backbone", help="where the backbone lies here, if not where it lay when fitting")
+    parser.add_argument("--adapter", help="the same of its low-rank adapter, where it was fitted with one")
     parser.add_argument(
         "--coverage",
         type=float,

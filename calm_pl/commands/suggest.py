@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     from calm_pl.backbone.named import named_backbone
     from calm_pl.classifier import CalmClassifier
     from calm_pl.commands.lightning import hush
-    from calm_pl.data.unlabelled import unlabelled_clips
+    from calm_pl.data.unlabelled import labelled_clips, unlabelled_clips
     from calm_pl.headstore import HeadStoreError
     from calm_pl.training.suggestions import Suggester
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     try:
         suggester = Suggester(
             unlabelled_clips(options.clips),
-            unlabelled_clips(options.labelled) if options.labelled else (),
+            labelled_clips(options.labelled) if options.labelled else (),
             CalmClassifier.from_pretrained(options.run, device="cpu") if options.run else None,
             named_backbone(options.backbone),
             batch_size=options.batch_size,
@@ -41,11 +41,13 @@ def main(argv: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     with scratch.open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)  # a name may begin with a space
+        above = os.path.realpath(out.parent)
         writer.writerow(["audio", "start", "end", "label", "prediction"])
         for clip, guess in found:
             times = ["" if second is None else second for second in (clip.start, clip.end)]
-            writer.writerow([os.path.relpath(clip.audio, out.parent), *times, "", guess])
+            folder, name = os.path.split(clip.audio)  # links to folders lead elsewhere than `..` in a text does
+            writer.writerow([os.path.relpath(os.path.join(os.path.realpath(folder), name), above), *times, "", guess])
     scratch.replace(out)
     print(f"{len(found)} of {len(suggester.clips)} clips to label: fill the column label, then")
     print(f"calm fit --data manifest --data.recipe.init_args.data_dir {shlex.quote(str(out))} --data.shots null")
@@ -77,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--by", choices=("margin", "entropy", "coverage"), help="default: margin; without --run coverage"
     )
     parser.add_argument("--count", type=int, default=20, help="how many clips (default: 20)")
-    parser.add_argument("--labelled", help="manifest or folder of clips that have a label already: never suggested")
+    parser.add_argument(
+        "--labelled",
+        help="manifest or folder of clips that have a label already: never suggested",
+    )
     parser.add_argument("--out", type=Path, default=Path("to-label.csv"), help="the manifest (default: to-label.csv)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips in one pass (default: 8)")
     return parser

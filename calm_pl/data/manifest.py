@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_pl.audio import EXTENSIONS, NOT_UTF8, is_utf8
-from calm_pl.clip import Clip
+from calm_pl.clip import Clip, absolute_path
 
 SPLITS = ("train", "val", "test")
 
@@ -218,7 +218,7 @@ def clip_of_row(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Cl
             values[name] = _text(values[name], name, where)
     for name in ("audio", "video"):
         if name in values:
-            values[name] = _absolute(folder / values[name])
+            values[name] = absolute_path(folder / values[name])
     if "label" in values:
         if isinstance(values["label"], list):
             values["label"] = tuple(dict.fromkeys(_texts(values["label"], "label", where)))
@@ -236,13 +236,6 @@ def clip_of_row(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Cl
     if values.get("end", math.inf) <= values.get("start", 0.0):
         raise ManifestError(f"{where}: end {values['end']:g} s is not after start {values.get('start', 0):g} s")
     return Clip(**values)
-
-
-def _absolute(path: Path) -> str:
-    """Without `..`, which of a link to a folder is the folder that the link leads into, as `open` has it."""
-    if ".." in path.parts:
-        return os.path.join(os.path.realpath(path.parent), path.name)
-    return os.path.normpath(path)
 
 
 def _text(value: Any, name: str, where: str) -> str:

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from calm_pl.audio import EXTENSIONS
-from calm_pl.clip import Clip
-from calm_pl.data.manifest import read_manifest
+from calm_pl.audio import EXTENSIONS, NOT_UTF8, is_utf8
+from calm_pl.clip import Clip, absolute_path
+from calm_pl.data.manifest import ManifestError, read_manifest
 
 
 def unlabelled_clips(source: str | os.PathLike[str]) -> list[Clip]:
     """Clips of a folder (its audio files at any depth) or of a manifest, in a fixed order, without their labels.
 
     Raises:
-        ManifestError: a manifest that cannot be read.
+        ManifestError: a manifest that cannot be read, or a file whose name no manifest could hold.
         ValueError: the folder holds no audio.
     """
-    path = Path(source).expanduser().absolute()
+    path = Path(absolute_path(Path(source).expanduser()))
     if not path.is_dir():
         return [replace(clip, label=None, confidence=None) for clip in read_manifest(path)]
     files = sorted(
@@ -28,7 +28,23 @@ def unlabelled_clips(source: str | os.PathLike[str]) -> list[Clip]:
     )  # fmt: skip
     if not files:
         raise ValueError(f"{path}: no audio files in it or below it ({', '.join(EXTENSIONS)})")
+    for file in files:
+        if not is_utf8(file):
+            raise ManifestError(f"{os.fsencode(file)!r}: {NOT_UTF8}")
     return [Clip(str(file)) for file in files]
+
+
+def labelled_clips(source: str | os.PathLike[str]) -> list[Clip]:
+    """The clips of a manifest that have a label, or all of a folder; without their labels.
+
+    Raises:
+        ManifestError: as `unlabelled_clips`.
+        ValueError: as `unlabelled_clips`.
+    """
+    if Path(source).expanduser().is_dir():
+        return unlabelled_clips(source)
+    clips = read_manifest(Path(source).expanduser())
+    return [replace(clip, label=None, confidence=None) for clip in clips if clip.labels]
 
 
 def relabelled(pool: Sequence[Clip], manifest: str | os.PathLike[str]) -> list[Clip]:

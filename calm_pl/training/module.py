@@ -200,7 +200,11 @@ class CalmModule(L.LightningModule):
         """The chosen method as a classifier that can be saved and taken into use."""
         data = self.data
         return CalmClassifier.from_fitted(
-            self.methods[self.classifier], self.classes, data.backbone, weights_dtype(self.trainer.precision)
+            self.methods[self.classifier],
+            self.classes,
+            data.backbone,
+            weights_dtype(self.trainer.precision),
+            [data.clips[i] for i in data.parts["support"]],
         )
 
     # Learning

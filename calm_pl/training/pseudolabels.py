@@ -6,6 +6,7 @@ Shapes: B clips of a batch, N clips, C classes.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class Asking:
         max_new_tokens: of an answer.
         seed: of the sampling; the same clips with the same seed get the same answers.
         balance: with ``likelihood``, take out how likely a name is for the average clip: names differ more in how
-            common they are than in how well they fit.
+            common they are than in how well they fit. Left out where there are no more clips than names.
         threshold: labels of less confidence are dropped; null is 0.5 for ``answers`` (the majority) and 0 for
             ``likelihood``. Confidence is the share of the answers, or the probability among the class names.
         keep: keep so many clips a class, the surest ones; null keeps all.
@@ -128,7 +129,15 @@ def pseudolabel(
     if not heard:
         return []
     kept_NV = store.read([keys[i] for i in heard]).squeeze(1)
-    confidences_NC = vote_shares(kept_NV) if asking.by == "answers" else likelihood_shares(kept_NV, asking.balance)
+    balance = asking.balance
+    if asking.by == "likelihood" and balance and len(heard) <= len(classes):
+        balance = False  # of a single clip nothing would be left
+        warnings.warn(
+            f"names are not balanced: {len(heard)} clips do not tell how likely each of {len(classes)} names is for "
+            "the average clip",
+            stacklevel=2,
+        )
+    confidences_NC = vote_shares(kept_NV) if asking.by == "answers" else likelihood_shares(kept_NV, balance)
     return labelled([clips[i] for i in heard], classes, confidences_NC, asking)
 
 

@@ -5,6 +5,7 @@ Shapes: N clips, K heads, D head dimension, C classes, F features.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,9 +49,11 @@ class Suggester:
         store: str | Path | None = None,
         batch_size: int = 8,
     ) -> None:
-        known = {(clip.audio, clip.start, clip.end) for clip in labelled}
-        self.clips = [clip for clip in clips if (clip.audio, clip.start, clip.end) not in known]
-        self.labelled = list(labelled)
+        known = {_place(clip) for clip in labelled}
+        # Heads are read under the question that the classifier was fitted with.
+        asked = classifier.asked if classifier else list
+        self.clips = asked(clip for clip in clips if _place(clip) not in known)
+        self.labelled = asked(labelled)
         self.classifier = classifier
         found = classifier.backbone if classifier else backbone
         if found is None:
@@ -112,3 +115,8 @@ class Suggester:
             return None
         with torch.inference_mode():
             return torch.cat([self.classifier.method(heads_NKD) for heads_NKD in self._heads(clips)])
+
+
+def _place(clip: Clip) -> tuple[str, float | None, float | None]:
+    """By which a clip is known again, by whatever way to its file."""
+    return os.path.realpath(clip.audio), clip.start, clip.end

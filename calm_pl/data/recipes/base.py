@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 from filelock import FileLock
 
-from calm_pl.clip import Clip
+from calm_pl.clip import Clip, absolute_path
 
 
 class Recipe(Protocol):
@@ -42,7 +42,7 @@ class DataMissingError(FileNotFoundError):
 def data_root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     """Folder of a data set: as given, else `name` in $CALM_DATA, else in ~/.cache/calm-pl/data."""
     if data_dir is not None:
-        return Path(data_dir).expanduser().absolute()
+        return Path(absolute_path(Path(data_dir).expanduser()))
     home = os.environ.get("CALM_DATA")
     return (Path(home).expanduser().absolute() if home else Path.home() / ".cache/calm-pl/data") / name
 
