@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,21 @@ def test_a_test_cannot_have_other_shots_than_the_fit(finished, option, value):
     with pytest.raises(SystemExit, match=f"the checkpoint was fitted with {option}"):
         calm("test", "--ckpt_path", finished, option, value)
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_clips_that_were_learned_from_are_not_tested(finished, tones, tmp_path):
+    for place in ("moved", "mixed"):
+        shutil.copytree(tones, tmp_path / place)
+    learned = next((tmp_path / "mixed" / "train" / "low").iterdir())
+    shutil.copy(learned, tmp_path / "mixed" / "test" / "low" / "9.wav")  # a copy by another name is warned of
+    calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "moved")
+    calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "mixed")
+    test, train = (tmp_path / "mixed" / part for part in ("test", "train"))
+    test.rename(tmp_path / "mixed" / "between")
+    train.rename(test)
+    (tmp_path / "mixed" / "between").rename(train)
+    with pytest.raises(SystemExit, match=r"of the 12 test clips are support clips of the checkpoint, such as .*test/"):
+        calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "mixed")
 
 
 def test_every_folder_of_sounds_has_a_run_of_its_own(tmp_path):

@@ -395,6 +395,7 @@ class CalmModule(L.LightningModule):
             "backbone": self.data.backbone.name,
             "config": self.run_config,
             "averages": {name: dict(one.averages) for name, one in self._learners_by_name()},
+            "support": [] if self.data.streams else self.data.told_apart("support"),
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -412,6 +413,21 @@ class CalmModule(L.LightningModule):
                     f"the checkpoint was fitted with --data.{name} {fitted[name]}, and {asked} would not change what "
                     "it learned: leave it away, or fit anew."
                 )
+        if self._trainer is not None and not self.data.streams and (self.trainer.testing or self.trainer.validating):
+            self._refuse_support_clips(set(checkpoint[CHECKPOINT_KEY].get("support", [])))
+
+    def _refuse_support_clips(self, support: set[str]) -> None:
+        part = "val" if self.trainer.validating else "test"
+        known = [
+            self.data.clips[i].audio
+            for i, name in zip(self.data.parts[part], self.data.told_apart(part), strict=True)
+            if name in support
+        ]
+        if known:
+            raise ValueError(
+                f"{len(known)} of the {len(self.data.parts[part])} {part} clips are support clips of the checkpoint, "
+                f"such as {known[0]}: test with the split that it was fitted with, or fit anew."
+            )
 
 
 @contextmanager
