@@ -115,4 +115,7 @@ class EpisodeSource:
         query_KQ1 = queries_KQD.square().sum(2, keepdim=True) + gain_KQ1 * along_query_KQ1.square()
         proto_KQC = prototypes_KCD.square().sum(2)[:, None] + gain_KQ1 * along_KQC.square()
         lengths_KQC = query_KQ1.clamp_min(MIN_NORM**2).sqrt() * proto_KQC.clamp_min(MIN_NORM**2).sqrt()
-        return (inner_KQC / lengths_KQC).transpose(0, 1), labels_N[queries]
+        cosines_QKC = (inner_KQC / lengths_KQC).transpose(0, 1)
+        row_QC = self.left_out.row_NC[queries]
+        shown_QC = (row_QC >= 0) & prototype_N[row_QC]  # another row of the query is in the prototype
+        return cosines_QKC.masked_fill(shown_QC[:, None], -1), labels_N[queries]

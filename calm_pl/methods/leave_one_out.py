@@ -17,6 +17,9 @@ from torch.nn.functional import one_hot
 from calm_pl.functional.heads import MIN_NORM, Rows, chunks, class_means, default_chunk_size, unit
 from calm_pl.functional.metric import HeadMetric
 
+# Heads by which two rows are known to be one clip; over the whole depth, since early heads may not hear anything.
+PROBED_HEADS = 8
+CLIPS_AT_ONCE = 256  # of which heads are copied
 # A clip that alone spans a direction of the metric leaves about g times the mean variance there; float32 ends here.
 MIN_LEVERAGE_LEFT = 1e-5
 
@@ -27,25 +30,37 @@ class LeaveOneOut:
     The only clip of a class cannot be left out: it keeps its prototype. With a generator its query is that
     clip with noise as large as the other classes vary, in place of the second clip that nobody recorded.
 
+    A clip with several labels comes as several rows. It is left out of the prototypes of all its classes, by what its
+    other rows are to theirs; to one that holds nothing but this clip its cosine is -1.
+
     Args:
         heads_NKD: head outputs of the support set.
         labels_N: their classes, every class present.
         num_classes: C.
         metric: the support set's own within-head metric; None for raw cosines.
+        clip_N: which clip each row is of; None finds out by `same_clips`.
     """
 
     def __init__(
-        self, heads_NKD: Tensor | Rows, labels_N: Tensor, num_classes: int, metric: HeadMetric | None = None
+        self,
+        heads_NKD: Tensor | Rows,
+        labels_N: Tensor,
+        num_classes: int,
+        metric: HeadMetric | None = None,
+        clip_N: Tensor | None = None,
     ) -> None:
         self.heads_NKD, self.labels_N = heads_NKD, labels_N
         self.num_classes, self.metric = num_classes, metric
+        self.clip_N = same_clips(heads_NKD) if clip_N is None else clip_N
+        self.row_NC = _rows_of_clips(self.clip_N, labels_N, num_classes)
         self.counts_N = torch.bincount(labels_N, minlength=num_classes)[labels_N]
         self.prototypes_KCD = self._rotate(class_means(heads_NKD, labels_N, num_classes))
 
     def around(self, centre: float) -> LeaveOneOut:
         """The same in the metric of another centre."""
         assert self.metric is not None
-        return LeaveOneOut(self.heads_NKD, self.labels_N, self.num_classes, self.metric.around(centre))
+        metric = self.metric.around(centre)
+        return LeaveOneOut(self.heads_NKD, self.labels_N, self.num_classes, metric, self.clip_N)
 
     def _rotate(self, heads_NKD: Tensor) -> Tensor:
         """Into the metric's eigenbasis, where every g is a scaling of the axes."""
@@ -108,6 +123,20 @@ class LeaveOneOut:
             unknown_K = (self.metric.dimension_K - noise_KND.shape[2]).clamp_min(0)
             lengths_KN1 = (noisy_KND.square().sum(2, keepdim=True) + 2 * unknown_K[:, None, None]).sqrt()
             cosines_NKC[alone_N] = (noisy_KND / lengths_KN1 @ unit(prototypes_KCD).mT).transpose(0, 1)
+        return self._without_their_other_rows(cosines_NKC, clips, prototypes_KCD, shrinkage)
+
+    def _without_their_other_rows(
+        self, cosines_NKC: Tensor, clips: Tensor, prototypes_KCD: Tensor, shrinkage: float | str | Tensor | None
+    ) -> Tensor:
+        rows, classes = (self.row_NC[clips] >= 0).nonzero(as_tuple=True)
+        others = self.row_NC[clips][rows, classes]
+        if not len(others):
+            return cosines_NKC
+        for part in chunks(len(others), default_chunk_size(*prototypes_KCD.shape[:2])):
+            own_NKC = self._without_themselves(others[part], prototypes_KCD, shrinkage)
+            own_NK = own_NKC[torch.arange(len(own_NKC), device=others.device), :, classes[part]]
+            own_NK[self.counts_N[others[part]] == 1] = -1
+            cosines_NKC[rows[part], :, classes[part]] = own_NK
         return cosines_NKC
 
     def without(self, held_N: Tensor) -> LeaveOneOut:
@@ -117,7 +146,7 @@ class LeaveOneOut:
         labels_N, metric = self.labels_N[~held_N], self.metric
         if metric is not None:
             metric = HeadMetric.estimate(heads_NKD, labels_N, self.num_classes, metric.centre)
-        return LeaveOneOut(heads_NKD, labels_N, self.num_classes, metric)
+        return LeaveOneOut(heads_NKD, labels_N, self.num_classes, metric, self.clip_N[~held_N])
 
     def _without_themselves(
         self, clips: Tensor, prototypes_KCD: Tensor, shrinkage: float | str | Tensor | None
@@ -148,3 +177,19 @@ class LeaveOneOut:
         proto_KNC = proto_KNC + gain_KN1 * proto_z_KNC.square()
         lengths_KNC = query_KN1.clamp_min(MIN_NORM**2).sqrt() * proto_KNC.clamp_min(MIN_NORM**2).sqrt()
         return (inner_KNC / lengths_KNC).transpose(0, 1)
+
+
+def same_clips(heads_NKD: Tensor | Rows) -> Tensor:
+    """The clip of each row, a number that rows with equal head outputs share: (N,)."""
+    heads = torch.linspace(0, heads_NKD.shape[1] - 1, PROBED_HEADS, device=heads_NKD.device).long()
+    probed_NX = torch.cat([heads_NKD[part][:, heads].flatten(1) for part in chunks(len(heads_NKD), CLIPS_AT_ONCE)])
+    clip_N: Tensor = probed_NX.unique(dim=0, return_inverse=True)[1]
+    return clip_N
+
+
+def _rows_of_clips(clip_N: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
+    """Of each row's clip, the row of every other class, -1 for classes that it does not have: (N, C)."""
+    rows_N = torch.arange(len(labels_N), device=labels_N.device)
+    row_NC = rows_N.new_full((int(clip_N.max()) + 1, num_classes), -1)
+    row_NC[clip_N, labels_N] = rows_N
+    return row_NC[clip_N].masked_fill(one_hot(labels_N, num_classes).bool(), -1)
