@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 PREROLL_SECONDS = 0.2
 # Only these have an index; in others a seek lands nowhere in particular.
 SEEKABLE = ("mov", "matroska")
+# MP4 in fragments, by these brands, counts a late start into a stream's length or not, as its writer had it.
+FRAGMENTED = ("iso5", "iso6", "dash", "cmfc")
 # A length in a header may count the codec's own padding: two of AAC's frames.
 LENGTH_SLACK = 2 * 2048
+# Streams that start within this time of one another start together.
+CLOCK_SECONDS = 0.01
 
 
 def open_container(path: str | os.PathLike[str]) -> InputContainer:
@@ -53,14 +57,24 @@ def open_container(path: str | os.PathLike[str]) -> InputContainer:
 
 
 def stream_seconds(container: InputContainer, stream: Stream) -> float | None:
-    """Length of one stream by the header; None where it tells none, or guesses (as for bare AAC)."""
-    if not container.format.name.startswith(SEEKABLE):
+    """Where one stream ends on the file's clock, in seconds, by the header: a stream may start later than the others.
+
+    None where the header tells nothing, or guesses (as for bare AAC).
+    """
+    if not container.format.name.startswith(SEEKABLE) or stream.time_base is None:
         return None
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
+    zero = start_seconds(container)
+    late = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base) - zero
+    if stream.duration is not None:
+        brands = "".join(container.metadata.get(name, "") for name in ("major_brand", "compatible_brands"))
+        if late > CLOCK_SECONDS and any(brand in brands for brand in FRAGMENTED):
+            return None
+        return late + float(stream.duration * stream.time_base)
     if tag := stream.metadata.get("DURATION"):  # Matroska's, as in 00:00:02.014000000
         hours, minutes, seconds = tag.split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        told = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        # mkvmerge's is the length of the track, FFmpeg's the time of its end.
+        return late + told if container.metadata.get("encoder", "").startswith("libebml") else told - zero
     return None
 
 

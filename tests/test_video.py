@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import replace
+from fractions import Fraction
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +63,43 @@ def write_sound(path: Path, codec: str, container: str, wave_S: np.ndarray, rate
     return path
 
 
+def write_late(path: Path, sound_from: float, pictures_from: float, **options: str) -> Path:
+    """A film of 2 s of grey frames and 2 s of sound, silent but for a tone in its last half second; each may start
+    later than the file's clock."""
+    codecs = ("libvpx", "libopus") if path.suffix == ".webm" else ("libx264", "aac")
+    wave_S = np.where(np.arange(2 * RATE) < 1.5 * RATE, 0, tone()).astype(np.float32)
+    packets = []
+    with av.open(str(path), "w", options=options) as film:
+        pictures = film.add_stream(codecs[0], rate=FILM_RATE, options={"bf": "0"})
+        pictures.height, pictures.width, pictures.pix_fmt, pictures.time_base = 48, 64, "yuv420p", Fraction(1, 1000)
+        sound = film.add_stream(codecs[1], rate=RATE, layout="mono")
+        for number, pixels_HW3 in enumerate(grey()):
+            picture = av.VideoFrame.from_ndarray(pixels_HW3, format="rgb24")
+            picture.pts, picture.time_base = round(1000 * (pictures_from + number / FILM_RATE)), Fraction(1, 1000)
+            packets += pictures.encode(picture)
+        samples = av.AudioFrame.from_ndarray(wave_S[None], format="fltp", layout="mono")
+        samples.sample_rate, samples.pts, samples.time_base = RATE, round(sound_from * RATE), Fraction(1, RATE)
+        packets += [*pictures.encode(), *sound.encode(samples), *sound.encode()]
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            film.mux(packet)
+    return path
+
+
+def check_late(path: Path, sound_from: float, pictures_from: float) -> None:
+    """Whether both are there to their ends, at the times of the file's clock, which starts with the earlier one."""
+    first = min(sound_from, pictures_from)
+    sound_ends, pictures_end = 2 + sound_from - first, 2 + pictures_from - first
+    assert audio_seconds(path) == pytest.approx(sound_ends, abs=0.13)
+    assert video_seconds(path) == pytest.approx(pictures_end, abs=0.13)
+    loud_T = load_audio(path, RATE).abs() > 0.1
+    assert int(loud_T.nonzero()[0]) / RATE == pytest.approx(sound_ends - 0.5, abs=0.13)
+    assert int(loud_T.sum()) / RATE > 0.3
+    seen_F = load_frames(path, 2, pictures_end - 1.0, pictures_end).float().mean((1, 2, 3))
+    torch.testing.assert_close(seen_F, torch.tensor([100.0, 150.0]), atol=12, rtol=0)
+    with pytest.raises(VideoError, match="lies outside its pictures"):
+        load_frames(path, 2, pictures_end + 0.2)
+
+
 # Pictures
 
 
@@ -90,6 +128,34 @@ def test_length_is_that_of_the_pictures(tmp_path, container):
     assert video_seconds(path, 0.5, 1.25) == pytest.approx(0.75)
     with pytest.raises(VideoError, match="2.5 s lies outside its pictures, which last 2.000 s"):
         video_seconds(path, 2.5)
+
+
+@pytest.mark.parametrize("starts", [(1.0, 0.0), (0.0, 1.0), (1.0, 2.0)], ids=["sound", "pictures", "both"])
+@pytest.mark.parametrize("container", ["mp4", "mov", "mkv", "webm"])
+def test_sound_and_pictures_that_start_late_keep_their_ends(tmp_path, container, starts):
+    check_late(write_late(tmp_path / f"late.{container}", *starts), *starts)
+
+
+def test_a_late_start_that_the_header_counts_already_is_not_counted_twice(tmp_path):
+    fragments = write_late(tmp_path / "fragments.mp4", 1.0, 0.0, movflags="dash+global_sidx+delay_moov")
+    with av.open(str(fragments)) as film:
+        stream = film.streams.audio[0]
+        assert stream.start_time > 0 and float(stream.duration * stream.time_base) == pytest.approx(3.0, abs=0.13)
+    check_late(fragments, 1.0, 0.0)
+
+
+def test_mkvmerge_tells_the_length_of_a_track_without_its_late_start(tmp_path):
+    path = write_late(tmp_path / "merged.mkv", 0.0, 1.0)
+    content = path.read_bytes()
+    with av.open(str(path)) as film:
+        writer = film.metadata["ENCODER"].encode()
+    assert content.count(b"00:00:03.000000000") == 1
+    path.write_bytes(
+        content.replace(b"00:00:03.000000000", b"00:00:02.000000000")
+        .replace(b"ENCODER", b"REMARKS")
+        .replace(writer, b"libebml v1.4.5 + lib"[: len(writer)])
+    )
+    check_late(path, 0.0, 1.0)
 
 
 def test_large_frames_are_shrunk_in_proportion(tmp_path):
