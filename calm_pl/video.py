@@ -46,7 +46,7 @@ def load_frames(
         path: any file that FFmpeg reads.
         rate: pictures a second.
         start: first second; None is the beginning.
-        end: last second; None is the end of the file.
+        end: last second; None is the end of the pictures, and so is a later one: a clip's sound may go on longer.
         max_seconds: look at no more than this many seconds from `start`.
         hold_last: where `start` lies behind the pictures, show the last of them.
 
@@ -55,7 +55,7 @@ def load_frames(
 
     Raises:
         AudioError: the file is missing or empty, or FFmpeg cannot read it.
-        VideoError: it has no pictures, is truncated or damaged, or `start` and `end` lie outside it.
+        VideoError: it has no pictures, is truncated or damaged, or `start` lies behind its pictures.
     """
     check_file(path)
     begin, stop = start or 0.0, math.inf if end is None else end
@@ -79,6 +79,7 @@ def load_frames(
         except av.error.FFmpegError as error:
             raise VideoError(path, f"truncated or damaged ({error.strerror}); fetch it again") from None
     if not frames:
+        video_seconds(path, start)  # raises where they end before `start`
         raise VideoError(path, "not one of its frames can be decoded; fetch it again")
     wanted = None if seconds is None else (min(stop, seconds) - begin) * rate
     if wanted is not None and len(frames) < wanted - SLACK_SECONDS * rate:

@@ -6,6 +6,7 @@ import json
 import struct
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -126,8 +127,11 @@ def test_length_is_that_of_the_pictures(tmp_path, container):
     path = write_film(tmp_path / f"film.{container}", grey(), tone(0.4))
     assert video_seconds(path) == pytest.approx(2.0, abs=0.01)
     assert video_seconds(path, 0.5, 1.25) == pytest.approx(0.75)
-    with pytest.raises(VideoError, match="2.5 s lies outside its pictures, which last 2.000 s"):
-        video_seconds(path, 2.5)
+    assert video_seconds(path, 0.5, 100.0) == pytest.approx(1.5, abs=0.01)
+    assert len(load_frames(path, 2, 0.5, 100.0)) == 3
+    for read in (video_seconds, partial(load_frames, rate=2.0)):
+        with pytest.raises(VideoError, match="2.5 s lies outside its pictures, which last 2.000 s"):
+            read(path, start=2.5)
 
 
 @pytest.mark.parametrize("starts", [(1.0, 0.0), (0.0, 1.0), (1.0, 2.0)], ids=["sound", "pictures", "both"])
