@@ -110,6 +110,18 @@ def test_a_wrong_checksum_is_told_and_nothing_kept(server: Server, tmp_path: Pat
     assert files(tmp_path) == set()
 
 
+def test_a_file_put_there_by_hand_is_never_removed(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "set.zip").write_bytes(SET)
+    with pytest.raises(DataMissingError) as raised:
+        fetch_archive(tmp_path, server.url, EXPECTED, "md5:00")
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path}/set.zip: its md5 is {hashlib.md5(SET).hexdigest()}, not 00")
+    assert "move it away to download it" in message and f"so that {tmp_path}/meta/list.csv exists" in message
+    assert (tmp_path / "set.zip").read_bytes() == SET
+    assert files(tmp_path) == {"set.zip"}
+    assert server.requests == []
+
+
 def test_another_data_set_is_told(server: Server, tmp_path: Path) -> None:
     server.content = zipped({"readme.txt": b"", "other/1.wav": b""})
     with pytest.raises(DataMissingError, match=r"held no meta/list\.csv, audio"):

@@ -26,7 +26,7 @@ _ATTEMPTS = 5
 def fetch_archive(root: Path, url: str, expected: Sequence[str], checksum: str | None = None) -> None:
     """Download and unpack an archive into `root`, unless what is expected is there.
 
-    An archive put into `root` by hand is unpacked instead. One process works, the others wait.
+    An archive put into `root` by hand is unpacked instead, and never removed. One process works, the others wait.
 
     Args:
         root: folder of the data set.
@@ -54,11 +54,22 @@ def fetch_archive(root: Path, url: str, expected: Sequence[str], checksum: str |
             return
         by_hand = archive.exists()
         try:
-            if not by_hand:
+            if by_hand:
+                if wrong := _mismatch(archive, checksum):
+                    raise DataMissingError(
+                        f"{archive}: {wrong}: it is broken, or another version than {url}. It was left as it is; "
+                        f"put the right one there, move it away to download it, or unpack it so that "
+                        f"{root / expected[0]} exists."
+                    )
+            else:
                 _download(url, partial)
+                if wrong := _mismatch(partial, checksum):
+                    partial.unlink()
+                    raise ValueError(f"{wrong}; the file was removed")
                 partial.replace(archive)
-            _check(archive, checksum)
             unpack(archive, root)
+        except DataMissingError:
+            raise
         except (
             OSError,
             http.client.HTTPException,
@@ -110,17 +121,17 @@ def _receive(reply: IO[bytes], partial: Path, held: int, rest: int) -> None:
         raise http.client.IncompleteRead(b"", rest - received)
 
 
-def _check(archive: Path, checksum: str | None) -> None:
+def _mismatch(archive: Path, checksum: str | None) -> str | None:
+    """What is wrong with the checksum of a file; None where it is right, or not known."""
     if checksum is None:
-        return
+        return None
     algorithm, _, expected = checksum.partition(":")
     with archive.open("rb") as file:
         digest = hashlib.new(algorithm)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    if digest.hexdigest() != expected:
-        archive.unlink()
-        raise ValueError(f"its {algorithm} is {digest.hexdigest()}, not {expected}; the file was removed")
+    found = digest.hexdigest()
+    return None if found == expected else f"its {algorithm} is {found}, not {expected}"
 
 
 def unpack(archive: Path, root: Path) -> None:
