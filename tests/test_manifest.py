@@ -75,6 +75,24 @@ def test_csv_with_spaces_around_cells(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["m.jsonl", "m.json", "m.csv"])
+def test_spaces_around_a_text_make_no_other_class(tmp_path: Path, name: str) -> None:
+    rows = [
+        {"audio": "1.wav", "label": " dog", "split": "train ", "group": "a ", "options": ["dog ", "\tcat"]},
+        {"audio": "2.wav", "label": ["dog ", " dog", "big cat\n"], "group": " a"},
+    ]
+    lines = {
+        "m.jsonl": "\n".join(map(json.dumps, rows)),
+        "m.json": json.dumps(rows),
+        "m.csv": 'audio,label,split,group,options\n1.wav, dog,train ,a ,"[""dog "", ""\\tcat""]"\n'
+        '2.wav,"[""dog "", "" dog"", ""big cat\\n""]",, a,\n',
+    }
+    assert read_manifest(write(tmp_path / name, lines[name])) == [
+        Clip(f"{tmp_path}/1.wav", "dog", split="train", group="a", options=("dog", "cat")),
+        Clip(f"{tmp_path}/2.wav", ("dog", "big cat"), group="a"),
+    ]
+
+
 def test_only_lists_are_lists_in_csv(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", 'audio,label,group\n[1] a.wav,[music],[7]\n"[""b""].wav","[""a""] big",\n')
     assert read_manifest(path) == [
@@ -218,6 +236,7 @@ def test_unknown_columns_are_said(tmp_path: Path) -> None:
         ('{"audio": "a.wav", "label": {"a": 1}}', "label must be a text"),
         ('{"audio": "a.wav", "label": []}', "label must be a list of texts"),
         ('{"audio": "a.wav", "label": " "}', "label must be a text"),
+        ('{"audio": "a.wav", "label": ["dog", "\\t"]}', "label must be a text, found '\\t'"),
         ('{"audio": "a.wav", "options": "dog"}', "options must be a list of texts"),
         ('{"audio": "a.wav", "split": "dev"}', "split 'dev' is none of train, val, test"),
         ('{"audio": "a.wav", "start": "soon"}', "start must be seconds, 0 or more, found 'soon'"),
@@ -268,7 +287,7 @@ def test_what_is_too_large_to_be_meant_is_an_error_with_its_line(tmp_path: Path)
         assert error_of(path).startswith(f"{path}{complaint}")
 
 
-texts = st.text(string.ascii_letters + string.digits + " ,\"é'[]", min_size=1).filter(str.strip)
+texts = st.text(string.ascii_letters + string.digits + " ,\"é'[]", min_size=1).map(str.strip).filter(bool)
 clips = st.builds(
     Clip,
     audio=st.sampled_from(["in/a.wav", "b ü.flac", "/else/c.wav"]),

@@ -42,7 +42,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
 
     A JSON file is a list of clips, or an object of such lists by split ("support" is read as "train"). In a CSV
     file, a JSON list as `label` or `options` is a list, any other text is a text, and spaces around a cell do not
-    count (of a path in quotes they do where a file is so called). A label that a clip has twice is one. Folders named
+    count (of a path in quotes they do where a file is so called); nor do they, in any of them, around a label, an
+    option, a group or a split. A label that a clip has twice is one. Folders named
     train, val and test (or Training, dev and the like) may stand above the class folders; a link to a file that is
     gone is a clip that cannot be heard. The JSON of the published CALM code (`wav`, `mapped_label`) is read as it is.
 
@@ -240,8 +241,8 @@ def clip_of_row(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Cl
 
 def _text(value: Any, name: str, where: str) -> str:
     # Numbers are welcome as labels (digits) and groups (speaker ids).
-    if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
-        return str(value)
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and (stripped := str(value).strip()):
+        return str(value) if name in ("audio", "video", "question") else stripped  # a file may be called " 1.wav"
     raise ManifestError(f"{where}: {name} must be a text, found {value!r}")
 
 
