@@ -179,6 +179,20 @@ def test_ravdess_tests_on_other_actors(tmp_path: Path) -> None:
     assert Counter(clip.split for clip in clips) == {"train": 56, "test": 24}
 
 
+def test_songs_of_ravdess_are_no_speech(tmp_path: Path) -> None:
+    for actor in range(1, 5):
+        for emotion in range(1, 7):
+            sound(tmp_path / f"Actor_{actor:02d}/03-02-{emotion:02d}-01-02-01-{actor:02d}.wav", 48000)
+    with pytest.raises(DataMissingError, match=r": holds 24 songs of RAVDESS and no speech\. Unpack http"):
+        heard(Ravdess(str(tmp_path)))
+    for actor in range(1, 5):
+        for emotion in range(1, 9):
+            sound(tmp_path / f"Actor_{actor:02d}/03-01-{emotion:02d}-01-02-01-{actor:02d}.wav", 48000)
+    clips = heard(Ravdess(str(tmp_path)))
+    assert len(clips) == 32
+    assert {Path(clip.audio).name[:5] for clip in clips} == {"03-01"}
+
+
 @pytest.fixture
 def vggsound(tmp_path: Path) -> Path:
     text(
