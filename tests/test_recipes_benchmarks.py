@@ -87,6 +87,33 @@ def test_urbansound8k_warns_of_shuffled_folds(urbansound: Path) -> None:
     assert Counter(clip.split for clip in clips) == {"train": 18, "test": 2}
 
 
+@pytest.mark.filterwarnings("ignore:urbansound8k")
+def test_shuffled_folds_of_urbansound8k_test_every_clip_once(tmp_path: Path) -> None:
+    # Recordings of one to four excerpts, thirty of each class.
+    lines = ["slice_file_name,fsID,start,end,salience,fold,classID,class"]
+    for number in range(60):
+        for excerpt in range(1 + number % 4):
+            label = ("dog_bark", "siren")[number // 30]
+            lines.append(f"{number}-0-0-{excerpt}.wav,{number},0.0,0.1,1,{number % 10 + 1},0,{label}")
+    text(tmp_path / "metadata/UrbanSound8K.csv", "\n".join(lines))
+
+    def tested(fold: int, seed: int | None) -> list[Clip]:
+        clips = UrbanSound8K(str(tmp_path), test_fold=fold, shuffle_seed=seed).clips()
+        check_disjoint([c for c in clips if c.split == "train"], [c for c in clips if c.split == "test"])
+        return [clip for clip in clips if clip.split == "test"]
+
+    folds = [tested(fold, 1) for fold in range(1, 11)]
+    assert Counter(clip.audio for fold in folds for clip in fold) == Counter(
+        clip.audio for clip in UrbanSound8K(str(tmp_path)).clips()
+    )
+    for fold in folds:  # of 74 and 75 clips
+        assert all(5 <= count <= 10 for count in Counter(clip.label for clip in fold).values())
+        assert {clip.label for clip in fold} == {"dog bark", "siren"}
+    assert tested(1, 1) == folds[0]
+    assert tested(1, 2) != folds[0] != tested(1, None)
+    assert {clip.split for clip in UrbanSound8K(str(tmp_path), test_fold="all", shuffle_seed=1).clips()} == {"train"}
+
+
 def test_fsd50k(tmp_path: Path) -> None:
     truth = tmp_path / "FSD50K.ground_truth"
     text(
