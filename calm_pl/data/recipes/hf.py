@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -20,6 +21,8 @@ from calm_pl.data.splits import split_clips
 @dataclass
 class HuggingFace:
     """Clips of a hub data set or a local folder, written to the data cache once, as the files they are.
+
+    Rows without a label are left out, and counted in a warning.
 
     Attributes:
         path: id on the hub, or a folder, as `datasets.load_dataset` takes it.
@@ -88,19 +91,43 @@ class HuggingFace:
             absent, there = ", ".join(sorted(wanted - columns)), ", ".join(sorted(columns))
             raise DataMissingError(f"{self.path}: no column {absent}; it has {there}")
         rows = rows.cast_column(self.audio_column, datasets.Audio(decode=False))
+        labelled = unlabelled = 0
         for number, row in enumerate(islice(rows, self.max_clips)):
+            label = _label(row[self.label_column], rows.features[self.label_column])
+            if label is None:
+                unlabelled += 1
+                continue
+            labelled += 1
             audio = row[self.audio_column]
             content = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
             path = folder / split / f"{number:06d}{Path(audio['path'] or 'clip.wav').suffix}"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-            group = str(row[self.group_column]) if self.group_column else None
-            yield Clip(str(path), _label(row[self.label_column], rows.features[self.label_column]), split, group)
+            yield Clip(str(path), label, split, _text(row[self.group_column]) if self.group_column else None)
+        if unlabelled and not labelled:
+            raise DataMissingError(
+                f"{self.path}, split {theirs}: not one of its {unlabelled} rows has a label in the column "
+                f"{self.label_column}; name another with label_column, train_split or test_split (null: a share of "
+                "the training split)"
+            )
+        if unlabelled:
+            total = unlabelled + labelled
+            warnings.warn(
+                f"{self.path}, split {theirs}: {unlabelled} of {total} rows have no label; they are left out",
+                stacklevel=2,
+            )
 
 
-def _label(value: Any, feature: Any) -> str | tuple[str, ...]:
-    """Class numbers become names; lists become tuples."""
+def _label(value: Any, feature: Any) -> str | tuple[str, ...] | None:
+    """Class numbers become names, lists tuples; None where there is no label."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-        return tuple(str(_label(item, inner)) for item in value)
-    return str(feature.int2str(value)) if hasattr(feature, "int2str") else str(value)
+        return tuple(str(label) for item in value if (label := _label(item, inner))) or None
+    if hasattr(feature, "int2str"):
+        return None if value in (None, -1) else str(feature.int2str(value))  # -1: how the library stores no label
+    return _text(value)
+
+
+def _text(value: Any) -> str | None:
+    """None where a cell is empty."""
+    return None if value is None else str(value).strip() or None
