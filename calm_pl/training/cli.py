@@ -31,6 +31,7 @@ LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
 # What may be a path in a configuration; a run must be found again from any folder.
 PATHS = ("recipe.init_args.data_dir", "backbone.path", "backbone.adapter", "pseudo_labels", "unlabelled", "store")
 UNFIT = re.compile(r"[^\w.-]+")  # for the name of a folder
+LIGHTNINGS_WORDS = ("best", "last", "hpc")  # in place of a checkpoint's name
 BUILT_IN = ("calm-tiny", "random-qwen2-audio", "none")
 
 
@@ -219,7 +220,13 @@ def checkpoint_arguments(arguments: list[str]) -> list[str]:
     if file.is_dir():
         raise ValueError(f"--ckpt_path {file} is a folder without {LAST_CHECKPOINT}: `calm fit` leaves that in a run.")
     if not file.is_file():
-        return arguments  # one of Lightning's words, such as "best"; else Lightning says that it is not there
+        text = arguments[given[-1]]
+        if text in LIGHTNINGS_WORDS or ":" in text:  # or an address, or "registry:..."
+            return arguments
+        raise ValueError(
+            f"--ckpt_path {file} is not there: name a folder that `calm fit` left (its --run_dir, below runs/ by "
+            "default), or a checkpoint file."
+        )
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         config = yaml.safe_load(checkpoint[CHECKPOINT_KEY]["config"])
