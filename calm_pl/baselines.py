@@ -12,6 +12,7 @@ from typing_extensions import Self
 from calm_pl import functional as F
 from calm_pl.functional.heads import chunks, class_means, default_chunk_size, unit
 from calm_pl.methods.base import HeadClassifier, check_support
+from calm_pl.methods.leave_one_out import same_clips
 from calm_pl.methods.logistic import cross_validated_logistic
 
 
@@ -114,7 +115,9 @@ class LinearProbe(HeadClassifier):
         values_N, vectors_NN = torch.linalg.eigh(gram_NN)
         kept = values_N > values_N[-1].clamp_min(1e-12) * 1e-6
         roots_R, vectors_NR = values_N[kept].sqrt(), vectors_NN[:, kept]
-        weights_RC, bias_C, choices = cross_validated_logistic(vectors_NR * roots_R, labels_N, num_classes, self.c)
+        weights_RC, bias_C, choices = cross_validated_logistic(
+            vectors_NR * roots_R, labels_N, num_classes, self.c, same_clips(heads_NKD)
+        )
         coefficients_FC = features_NF.T @ (vectors_NR / roots_R @ weights_RC)
         coefficients_CKD = coefficients_FC.T.reshape(num_classes, *heads_NKD.shape[1:])
         self.keep(choices, mean_KD=mean_KD, coefficients_CKD=coefficients_CKD, bias_C=bias_C)

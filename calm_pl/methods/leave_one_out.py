@@ -20,6 +20,8 @@ from calm_pl.functional.metric import HeadMetric
 # Heads by which two rows are known to be one clip; over the whole depth, since early heads may not hear anything.
 PROBED_HEADS = 8
 CLIPS_AT_ONCE = 256  # of which heads are copied
+# As a share of the largest number: a row of a product may come out a little different elsewhere in the matrix.
+SAME = 1e-4
 # A clip that alone spans a direction of the metric leaves about g times the mean variance there; float32 ends here.
 MIN_LEVERAGE_LEFT = 1e-5
 
@@ -180,10 +182,16 @@ class LeaveOneOut:
 
 
 def same_clips(heads_NKD: Tensor | Rows) -> Tensor:
-    """The clip of each row, a number that rows with equal head outputs share: (N,)."""
+    """The clip of each row, a number that rows share whose head outputs are equal up to rounding: (N,)."""
     heads = torch.linspace(0, heads_NKD.shape[1] - 1, PROBED_HEADS, device=heads_NKD.device).long()
-    probed_NX = torch.cat([heads_NKD[part][:, heads].flatten(1) for part in chunks(len(heads_NKD), CLIPS_AT_ONCE)])
-    clip_N: Tensor = probed_NX.unique(dim=0, return_inverse=True)[1]
+    parts = [heads_NKD[part][:, heads].flatten(1).float() for part in chunks(len(heads_NKD), CLIPS_AT_ONCE)]
+    probed_NX = torch.cat(parts)
+    direction_X = torch.randn(probed_NX.shape[1], generator=torch.Generator().manual_seed(0)).to(probed_NX)
+    order_N = (probed_NX @ direction_X).argsort(stable=True)  # which brings equal rows side by side
+    sorted_NX = probed_NX[order_N]
+    differs_N = (sorted_NX[1:] - sorted_NX[:-1]).abs().amax(1) > SAME * sorted_NX[1:].abs().amax(1)
+    clip_N = torch.zeros_like(order_N)
+    clip_N[order_N[1:]] = differs_N.cumsum(0)
     return clip_N
 
 

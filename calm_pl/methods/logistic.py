@@ -17,10 +17,17 @@ FOLDS = 5
 
 
 def cross_validated_logistic(
-    features_NR: Tensor, labels_N: Tensor, num_classes: int, c: float | None = None
+    features_NR: Tensor, labels_N: Tensor, num_classes: int, c: float | None = None, clip_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Fit with the C of highest accuracy in stratified cross-validation, ties by likelihood, unless C is
     given.
+
+    Args:
+        features_NR: of labelled clips.
+        labels_N: their classes.
+        num_classes: C.
+        c: inverse strength of the penalty; None chooses.
+        clip_N: which clip each row is of, where one has several labels; its rows share a fold.
 
     Returns:
         weights (R, C), bias (C,) and the choice with its scores.
@@ -28,6 +35,9 @@ def cross_validated_logistic(
     choices: dict[str, Any] = {"c": c}
     if c is None:
         fold_N = stratified_folds(labels_N, FOLDS)
+        if clip_N is not None:
+            fold_of_clip = torch.full_like(labels_N, -1).scatter_reduce(0, clip_N, fold_N, "amax")
+            fold_N = fold_of_clip[clip_N]
         candidates = []
         for c in PENALTIES if int(fold_N.max()) > 0 else ():
             logits_NC = torch.zeros(len(labels_N), num_classes, device=features_NR.device)
