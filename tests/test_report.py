@@ -24,6 +24,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.classifier import CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.methods.calm import Calm
+from calm_pl.report import plots
 from calm_pl.report.comparison import Comparison
 from calm_pl.report.page import headline, write_report
 from calm_pl.report.run import Run, head_sites, heads_for
@@ -87,6 +88,37 @@ def test_the_headline_says_what_was_reached(run_folder):
     said = headline(Run.read(run_folder)).replace("\N{NO-BREAK SPACE}", " ")
     assert "From 5 labelled clips a class, calm tells 66.7 % of 6 test clips right" in said
     assert "interval 57 to 77 %" in said and "gives 33 %" in said and "in words, the same model reaches 33.3 %" in said
+
+
+def test_the_headline_counts_the_clips_that_have_a_label(tmp_path):
+    predictions = [("a.wav", "rain", "rain", 0.9), ("b.wav", "siren", "rain", 0.8)]
+    folder = write_run(tmp_path, results(calm=0.5), [*predictions, *4 * [("c.wav", "", "rain", 0.9)]])
+    said = headline(Run.read(folder)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "50.0 % of 2 labelled test clips right" in said and said.endswith(" 4 more test clips have no label.")
+    assert "6 clips, 4 of them without a label" in write_report(folder).read_text()
+
+
+OPTIONS_OF_A_QUESTION = "guessing among the 2 options of a question gives 50 %. Asked in words, "
+ASKED_OF_FEWER = "guessing among the 3 classes gives 33 %. Asked in words among the options of a question, "
+
+
+@pytest.mark.parametrize(
+    ("dataset", "within", "chances", "phrase"),
+    [
+        ("sounds", True, {"zero_shot": 0.5, "calm": 0.5}, OPTIONS_OF_A_QUESTION),
+        ("sounds", False, {"zero_shot": 0.5, "calm": 1 / 3}, ASKED_OF_FEWER),
+        # Clips of a manifest may list options of their own, and results do not say how many.
+        ("manifest", True, {}, "interval 50 to 70 %). Asked in words, "),
+    ],
+)
+def test_chance_is_among_the_options_where_only_they_count(tmp_path, dataset, within, chances, phrase):
+    asked = {"dataset": dataset, "protocol": "mcq", "num_options": 2, "within_options": within}
+    run = Run.read(write_run(tmp_path, {**results(calm=0.6, zero_shot=0.4), **asked}))
+    assert {name: run.chance(name) for name, _ in run.ranking} == {"calm": None, "zero_shot": None, **chances}
+    assert phrase in headline(run).replace("\N{NO-BREAK SPACE}", " ")
+    lines = plots.methods(dict(run.ranking), chances, "calm").axes[0].lines
+    dotted = [line.get_xdata()[0] for line in lines if line.get_linestyle() == ":"]
+    assert dotted == pytest.approx([100 * chance for chance in chances.values()])  # the least accurate at the bottom
 
 
 def test_figures_by_class_come_from_the_predictions(run_folder):

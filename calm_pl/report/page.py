@@ -70,21 +70,28 @@ def write_report(folder: str | Path, mistakes: int = MISTAKES, redraw: bool = Tr
 
 
 def headline(run: Run) -> str:
-    """The run in two sentences."""
+    """The run in two or three sentences."""
     methods = dict(run.ranking)
     if not methods:
         return "No test clip has a label: there is nothing to measure."
     name = run.kept or run.ranking[0][0]
     figures = methods[name]
     low, high = figures["accuracy_interval"]
-    clips = "all its labelled clips" if run.results["shots"] is None else f"{run.shots} labelled clips"
-    text = (
-        f"From {clips} a class, {name} tells {100 * figures['accuracy']:.1f} % of {run.results['splits']['test']} test "
-        f"clips right (95 % interval {100 * low:.0f} to {100 * high:.0f} %); guessing among the "
-        f"{run.results['num_classes']} classes gives {100 / run.results['num_classes']:.0f} %."
-    )
+    shots = "all its labelled clips" if run.results["shots"] is None else f"{run.shots} labelled clips"
+    labelled = run.results["splits"]["test"] - run.unlabelled
+    clips = f"{labelled} {'labelled ' if run.unlabelled else ''}test clips"
+    text = f"From {shots} a class, {name} tells {100 * figures['accuracy']:.1f} % of {clips} right "
+    text += f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    if chance := run.chance(name):
+        choices = "options of a question" if run.among_options(name) else "classes"
+        text += f"; guessing among the {1 / chance:.0f} {choices} gives {100 * chance:.0f} %"
+    text += "."
     if name != "zero_shot" and "zero_shot" in methods:
-        text += f" Asked in words, the same model reaches {100 * methods['zero_shot']['accuracy']:.1f} %."
+        # Only there has the model fewer answers to choose from.
+        listed = "" if run.among_options(name) == run.among_options("zero_shot") else " among the options of a question"
+        text += f" Asked in words{listed}, the same model reaches {100 * methods['zero_shot']['accuracy']:.1f} %."
+    if run.unlabelled:
+        text += f" {run.unlabelled} more test clips have no label."
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
@@ -92,7 +99,7 @@ def draw(run: Run, redraw: bool = True) -> dict[str, Plot]:
     """All plots that the run has data for, written to ``plots/`` and ready for the page."""
     figures: dict[str, Callable[[], Figure]] = {}
     if run.ranking:
-        chance = 1 / run.results["num_classes"]
+        chance = {name: guessed for name, _ in run.ranking if (guessed := run.chance(name))}
         figures["methods"] = partial(plots.methods, dict(run.ranking), chance, run.kept)
     if run.labelled:
         figures["confusion"] = partial(plots.confusion, run.confusion_CC, run.classes)

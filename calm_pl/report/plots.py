@@ -84,8 +84,8 @@ def missing_letters(text: str) -> str:
 
 
 @styled
-def methods(figures: Mapping[str, Mapping[str, Any]], chance: float, kept: str | None) -> Figure:
-    """Accuracy of each method with its 95 % interval; the kept one is filled."""
+def methods(figures: Mapping[str, Mapping[str, Any]], chance: Mapping[str, float], kept: str | None) -> Figure:
+    """Accuracy of each method with its 95 % interval; the kept one is filled. Dotted: guessing in its place."""
     figure, axes = _figure(0.34 * len(figures) + 0.9)
     names = sorted(figures, key=lambda name: figures[name]["accuracy"])
     for row, name in enumerate(names):
@@ -95,8 +95,13 @@ def methods(figures: Mapping[str, Mapping[str, Any]], chance: float, kept: str |
         axes.plot([low, high], [row, row], color=colour, linewidth=1.6, alpha=1 if name == kept else 0.55)
         axes.plot(accuracy, row, "o", color=colour, markersize=7 if name == kept else 5)
         axes.annotate(f"{accuracy:.1f}", (accuracy, row), (0, 5), textcoords="offset points", ha="center", fontsize=8)
-    axes.axvline(100 * chance, color=INK, linestyle=":", linewidth=1)
-    axes.annotate("chance", (100 * chance, -0.5), (3, 1), textcoords="offset points", fontsize=8, va="bottom")
+        if name in chance:  # the lines of neighbours with the same chance are one
+            guessed = 100 * chance[name]
+            axes.plot([guessed, guessed], [row - 0.5, row + 0.5], color=INK, linestyle=":", linewidth=1)
+    if names[0] in chance:
+        axes.annotate(
+            "chance", (100 * chance[names[0]], -0.5), (3, 1), textcoords="offset points", fontsize=8, va="bottom"
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.3)
     axes.set_xlim(0, 103)

@@ -23,6 +23,7 @@ from calm_pl.methods.base import HeadClassifier
 from calm_pl.training.metrics import wilson_interval
 
 CALIBRATION_BINS = 10
+OWN_OPTIONS = ("manifest", "shards")  # data sets whose clips may come with options of their own, as many as they like
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,22 @@ class Run:
     @property
     def shots(self) -> str:
         return "all" if self.results["shots"] is None else str(self.results["shots"])
+
+    @property
+    def unlabelled(self) -> int:
+        """How many test clips have no label: figures do not count them."""
+        return sum(not p.label for p in self.predictions)
+
+    def among_options(self, method: str) -> bool:
+        """Whether a method's answers are among the options that a clip's question lists, not among all classes."""
+        results = self.results
+        return results["protocol"] == "mcq" and (method == "zero_shot" or results["within_options"])
+
+    def chance(self, method: str) -> float | None:
+        """Accuracy of guessing in a method's place; None where clips may list options of their own."""
+        if not self.among_options(method):
+            return 1 / int(self.results["num_classes"])
+        return None if self.results["dataset"] in OWN_OPTIONS else 1 / int(self.results["num_options"])
 
     @cached_property
     def labelled(self) -> list[Prediction]:
