@@ -132,6 +132,52 @@ def test_figures_by_class_come_from_the_predictions(run_folder):
     assert bins == {0.55: (0, 1), 0.65: (1, 1), 0.7: (1, 1), 0.825: (1, 2), 0.9: (1, 1)}
 
 
+@pytest.fixture(scope="module")
+def several_labels(tmp_path_factory) -> Path:
+    """A run of clips with one or two labels; by mAP calm is best, by its most probable class alone sav is."""
+    content = results(calm=0.4, sav=0.6, zero_shot=0.3)
+    for name, figure in {"calm": 0.8, "sav": 0.7, "zero_shot": 0.2}.items():
+        for column in ("map", "sample_f1", "exact_match"):
+            content["methods"][name] |= {column: figure, f"{column}_interval": [figure - 0.1, figure + 0.1]}
+    predictions = [
+        ("a.wav", "rain", "siren", 0.5),
+        ("b.wav", "siren", "siren", 0.6),
+        *3 * [("c.wav", "rain|siren", "siren|rain", 0.6)],
+        ("d.wav", "", "rain", 0.4),
+    ]
+    folder = write_run(tmp_path_factory.mktemp("several"), content, predictions)
+    write_report(folder)
+    return folder
+
+
+def test_several_labels_are_told_by_map_and_its_like(several_labels):
+    page = (several_labels / "report.html").read_text()
+    table = page[page.index("<thead>") : page.index("</table>")]
+    assert re.findall(r'class="number">([^<]*)</th>', table) == ["mAP %", "sample F1 %", "exact", "top-1"]
+    assert re.findall(r'<th scope="row">(.*?)</th>', table) == ["calm", "sav", "zero_shot"]
+    assert '80.0 <span class="interval">[70.0, 90.0]</span>' in table and ">40.0</td>" in table
+    said = headline(Run.read(several_labels)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "calm reaches a mean average precision (mAP) of 80.0 % on 5 labelled test clips" in said
+    assert "guessing" not in said and "the same model reaches 20.0 %" in said
+    assert "mAP on the test clips, %" in (several_labels / "plots" / "methods.svg").read_text()
+    noted = re.findall(r'<h2 id="(\w+)">[^<]*</h2>\s*<p class="note">Counts the 2 of 5 test clips that have one', page)
+    assert noted == ["classes", "calibration"]
+    assert "1 of 1 mistakes among 2 test clips that have one label" in page
+
+
+def test_spoofing_is_told_by_equal_error_rates(tmp_path):
+    content = results(calm=0.9, sav=0.8)
+    for figures_of in content["methods"].values():
+        figures_of |= {"eer": 0.125, "eer_interval": [0.05, 0.25]}
+    content["attacks"] = {
+        name: {"A07": {"clips": 4, "eer": eer, "accuracy": 0.5}} for name, eer in (("calm", 0.25), ("sav", 0.5))
+    }
+    page = write_report(write_run(tmp_path, content)).read_text()
+    assert '12.5 <span class="interval">[5.0, 25.0]</span>' in page and "EER, NLL: lower is better" in page
+    row = '<th scope="row">A07</th><td class="number">4</td><td class="number">25.0</td><td class="number">50.0</td>'
+    assert row in page
+
+
 def test_the_page_says_what_each_class_was_taken_for(run_folder):
     cells = re.findall(r"</span></td>\n<td>(.*?)</td></tr>", (run_folder / "report.html").read_text())
     assert cells == ["rain 1", "", "rain 1"]
@@ -297,6 +343,21 @@ def test_the_page_opens_at_every_width_and_scheme(browser, run_folder, width, da
     )
     brightness = [sum(int(part) for part in colour.strip("rgb()").split(",")) / 3 for colour in (page, ink)]
     assert brightness[0] < 60 < 180 < brightness[1] if dark else brightness[1] < 60 < 180 < brightness[0]
+
+
+@pytest.mark.parametrize("page", ["run_folder", "several_labels"])
+def test_on_a_phone_nothing_is_cut_off(browser, request, page):
+    """What is wider than the screen scrolls in a place of its own; texts over it do not."""
+    browser.open(request.getfixturevalue(page) / "report.html", width=390)
+    assert browser.complaints == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    cut = browser.evaluate("""
+        [...document.querySelectorAll("table, caption")].filter(one => {
+            const place = one.closest(".scroll"), right = it => it.getBoundingClientRect().right;
+            if (one.tagName == "CAPTION") return right(one) > right(place);
+            return place.scrollWidth > place.clientWidth && getComputedStyle(place).overflowX != "auto";
+        }).map(one => one.innerText)""")
+    assert cut == []
 
 
 def test_players_play(browser, run_folder):

@@ -20,7 +20,7 @@ from calm_pl.progress import say
 from calm_pl.report import plots
 from calm_pl.report.run import Prediction, Run, heads_for
 from calm_pl.report.sounds import Sound, embed
-from calm_pl.training.results import write_text
+from calm_pl.training.results import WITH_INTERVAL, shown, write_text
 
 MISTAKES = 12
 CURVE = "accuracy-over-shots"
@@ -57,6 +57,7 @@ def write_report(folder: str | Path, mistakes: int = MISTAKES, redraw: bool = Tr
     content = {
         "run": run,
         "headline": headline(run),
+        "with_interval": WITH_INTERVAL,
         "plots": draw(run, redraw),
         "sweep": _sweep_curve(run),
         "heads": trusted_heads(run),
@@ -76,11 +77,17 @@ def headline(run: Run) -> str:
         return "No test clip has a label: there is nothing to measure."
     name = run.kept or run.ranking[0][0]
     figures = methods[name]
-    low, high = figures["accuracy_interval"]
-    shots = "all its labelled clips" if run.results["shots"] is None else f"{run.shots} labelled clips"
+    column, _ = run.leading
+    value, (low, high) = figures[column], figures[f"{column}_interval"]
+    count = run.results["shots"]
+    shots = "all its labelled clips" if count is None else f"{count} labelled clip{'s' if count > 1 else ''}"
     labelled = run.results["splits"]["test"] - run.unlabelled
     clips = f"{labelled} {'labelled ' if run.unlabelled else ''}test clips"
-    text = f"From {shots} a class, {name} tells {100 * figures['accuracy']:.1f} % of {clips} right "
+    text = f"From {shots} a class, {name} "
+    if run.multi_label:
+        text += f"reaches a mean average precision (mAP) of {100 * value:.1f} % on {clips} "
+    else:
+        text += f"tells {100 * value:.1f} % of {clips} right "
     text += f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
     if chance := run.chance(name):
         choices = "options of a question" if run.among_options(name) else "classes"
@@ -89,7 +96,7 @@ def headline(run: Run) -> str:
     if name != "zero_shot" and "zero_shot" in methods:
         # Only there has the model fewer answers to choose from.
         listed = "" if run.among_options(name) == run.among_options("zero_shot") else " among the options of a question"
-        text += f" Asked in words{listed}, the same model reaches {100 * methods['zero_shot']['accuracy']:.1f} %."
+        text += f" Asked in words{listed}, the same model reaches {100 * methods['zero_shot'][column]:.1f} %."
     if run.unlabelled:
         text += f" {run.unlabelled} more test clips have no label."
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
@@ -100,7 +107,7 @@ def draw(run: Run, redraw: bool = True) -> dict[str, Plot]:
     figures: dict[str, Callable[[], Figure]] = {}
     if run.ranking:
         chance = {name: guessed for name, _ in run.ranking if (guessed := run.chance(name))}
-        figures["methods"] = partial(plots.methods, dict(run.ranking), chance, run.kept)
+        figures["methods"] = partial(plots.methods, dict(run.ranking), chance, run.kept, *run.leading)
     if run.labelled:
         figures["confusion"] = partial(plots.confusion, run.confusion_CC, run.classes)
         figures["classes"] = partial(plots.class_accuracy, run.per_class)
@@ -198,4 +205,5 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f}"
+    environment.filters["shown"] = shown
     return environment.get_template(template).render(version=__version__, **content)

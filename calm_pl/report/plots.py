@@ -84,17 +84,23 @@ def missing_letters(text: str) -> str:
 
 
 @styled
-def methods(figures: Mapping[str, Mapping[str, Any]], chance: Mapping[str, float], kept: str | None) -> Figure:
-    """Accuracy of each method with its 95 % interval; the kept one is filled. Dotted: guessing in its place."""
+def methods(
+    figures: Mapping[str, Mapping[str, Any]],
+    chance: Mapping[str, float],
+    kept: str | None,
+    column: str = "accuracy",
+    title: str = "accuracy",
+) -> Figure:
+    """One figure of each method with its 95 % interval; the kept one is filled. Dotted: guessing in its place."""
     figure, axes = _figure(0.34 * len(figures) + 0.9)
-    names = sorted(figures, key=lambda name: figures[name]["accuracy"])
+    names = sorted(figures, key=lambda name: figures[name][column])
     for row, name in enumerate(names):
-        accuracy = 100 * figures[name]["accuracy"]
-        low, high = (100 * bound for bound in figures[name]["accuracy_interval"])
+        value = 100 * figures[name][column]
+        low, high = (100 * bound for bound in figures[name][f"{column}_interval"])
         colour = BLUE if name == kept else INK
         axes.plot([low, high], [row, row], color=colour, linewidth=1.6, alpha=1 if name == kept else 0.55)
-        axes.plot(accuracy, row, "o", color=colour, markersize=7 if name == kept else 5)
-        axes.annotate(f"{accuracy:.1f}", (accuracy, row), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+        axes.plot(value, row, "o", color=colour, markersize=7 if name == kept else 5)
+        axes.annotate(f"{value:.1f}", (value, row), (0, 5), textcoords="offset points", ha="center", fontsize=8)
         if name in chance:  # the lines of neighbours with the same chance are one
             guessed = 100 * chance[name]
             axes.plot([guessed, guessed], [row - 0.5, row + 0.5], color=INK, linestyle=":", linewidth=1)
@@ -105,7 +111,7 @@ def methods(figures: Mapping[str, Mapping[str, Any]], chance: Mapping[str, float
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.3)
     axes.set_xlim(0, 103)
-    axes.set_xlabel("accuracy on the test clips, %")
+    axes.set_xlabel(f"{title} on the test clips, %")
     return figure
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from calm_pl.classifier import CalmClassifier
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.training.metrics import wilson_interval
+from calm_pl.training.results import columns_of
 
 CALIBRATION_BINS = 10
 OWN_OPTIONS = ("manifest", "shards")  # data sets whose clips may come with options of their own, as many as they like
@@ -119,7 +120,10 @@ class Run:
         results = json.loads((folder / "results.json").read_text())
         config = yaml.safe_load(_text(folder / "config.yaml")) or {}
         predictions = list(map(Prediction.read, csv.DictReader(_text(folder / "predictions.csv").splitlines())))
-        classes = sorted({p.label for p in predictions if p.label} | {p.prediction for p in predictions})
+        said = {name for p in predictions for name in (p.label, p.prediction) if name}
+        if "map" in columns_of(results):  # several labels are joined
+            said = {name for joined in said for name in joined.split("|")}
+        classes = sorted(said)
         weights_KC = None
         if (folder / "classifier").is_dir():
             classifier = CalmClassifier.from_pretrained(folder, device="cpu")
@@ -139,10 +143,26 @@ class Run:
         return weights_KC is not None and bool(torch.allclose(weights_KC, weights_KC[:, :1], rtol=1e-4, atol=1e-7))
 
     @property
+    def columns(self) -> dict[str, str]:
+        """Names and titles of the figures that tables show of a method."""
+        return columns_of(self.results)
+
+    @property
+    def leading(self) -> tuple[str, str]:
+        """Name and title of the figure that methods are ranked by; it is a share, more is better."""
+        name, title = next(iter(self.columns.items()))
+        return name, title.removesuffix(" %")
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether clips may have several labels: those that have are of no one class."""
+        return "map" in self.columns
+
+    @property
     def ranking(self) -> list[tuple[str, dict[str, Any]]]:
-        """Methods that have figures, the most accurate first."""
+        """Methods that have figures, the best first."""
         measured = [(name, figures) for name, figures in self.results["methods"].items() if figures]
-        return sorted(measured, key=lambda named: -float(named[1]["accuracy"]))
+        return sorted(measured, key=lambda named: -float(named[1][self.leading[0]]))
 
     @property
     def shots(self) -> str:
@@ -159,7 +179,9 @@ class Run:
         return results["protocol"] == "mcq" and (method == "zero_shot" or results["within_options"])
 
     def chance(self, method: str) -> float | None:
-        """Accuracy of guessing in a method's place; None where clips may list options of their own."""
+        """Accuracy of guessing in a method's place; None where clips have several labels, or options of their own."""
+        if self.multi_label:
+            return None
         if not self.among_options(method):
             return 1 / int(self.results["num_classes"])
         return None if self.results["dataset"] in OWN_OPTIONS else 1 / int(self.results["num_options"])

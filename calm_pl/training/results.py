@@ -108,12 +108,17 @@ def attacks_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _cell(figures: Mapping[str, Any], column: str, interval: bool) -> str:
+def shown(value: float, column: str) -> str:
+    """A figure as tables show it: in %, those of NO_SHARE as they are."""
     scale, digits = (1, 3) if column in NO_SHARE else (100, 1)
-    text = f"{round(figures[column] * scale, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+    return f"{round(value * scale, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+
+
+def _cell(figures: Mapping[str, Any], column: str, interval: bool) -> str:
+    text = shown(figures[column], column)
     if interval:
         low, high = figures[f"{column}_interval"]
-        text += f" \\[{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+        text += f" \\[{shown(low, column)}, {shown(high, column)}]"
     return text
 
 
