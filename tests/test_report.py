@@ -267,6 +267,18 @@ def test_class_names_with_dollars_are_names(tmp_path):
     assert costly in write_report(folder).read_text()
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0b", "\n", "\r", "\r\n"])
+def test_names_may_hold_ends_of_lines(tmp_path, end):
+    clips = [Clip(f"/a{end}b.wav", f"rain{end}drops"), Clip("/c.wav", "siren")]
+    write_run(tmp_path, results(calm=0.5))
+    classes = [f"rain{end}drops", "siren"]
+    write_predictions(tmp_path / "predictions.csv", clips, classes, torch.tensor([[0.9, 0.1], [0.8, 0.2]]))
+    run = Run.read(tmp_path)
+    assert [(p.path, p.label) for p in run.predictions] == [(clip.audio, clip.label) for clip in clips]
+    assert run.classes == classes and [p.path for p in run.mistakes] == ["/c.wav"]
+    assert write_report(tmp_path).is_file()
+
+
 def test_a_run_without_labels_or_weights_has_a_page(tmp_path):
     folder = write_run(tmp_path, results(), [("a.wav", "", "rain", 0.5)])
     page = write_report(folder).read_text()

@@ -6,6 +6,7 @@ Shapes: K heads, C classes.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -119,7 +120,8 @@ class Run:
             )
         results = json.loads((folder / "results.json").read_text())
         config = yaml.safe_load(_text(folder / "config.yaml")) or {}
-        predictions = list(map(Prediction.read, csv.DictReader(_text(folder / "predictions.csv").splitlines())))
+        rows = csv.DictReader(io.StringIO(_text(folder / "predictions.csv"), newline=""))
+        predictions = list(map(Prediction.read, rows))
         said = {name for p in predictions for name in (p.label, p.prediction) if name}
         if "map" in columns_of(results):  # several labels are joined
             said = {name for joined in said for name in joined.split("|")}
@@ -291,4 +293,8 @@ def head_sites(names: list[str] | tuple[str, ...]) -> dict[str, int]:
 
 
 def _text(file: Path) -> str:
-    return file.read_text() if file.is_file() else ""
+    """A file as it is, nothing where there is none: names in CSV may hold what Python takes for the end of a line."""
+    if not file.is_file():
+        return ""
+    with file.open(newline="") as opened:
+        return opened.read()
