@@ -75,3 +75,9 @@ def test_a_class_without_test_clips_has_no_accuracy(tones, tiny_lalm, tmp_path, 
 def test_no_run_is_told(tmp_path):
     with pytest.raises(SystemExit, match="no finished run"):
         cli.main(["heads", str(tmp_path)])
+
+
+def test_the_folder_of_all_folds_points_to_one_of_them(tmp_path):
+    (tmp_path / "results.json").write_text('{"methods": {}, "folds": {"fold1": {}, "fold2": {}}}')
+    with pytest.raises(SystemExit, match=rf"averages of 2 folds.*such as {tmp_path / 'fold1'}\.$"):
+        cli.main(["heads", str(tmp_path)])

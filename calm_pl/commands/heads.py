@@ -20,10 +20,15 @@ def main(argv: list[str]) -> int:
     from calm_pl.training.results import write_json
 
     try:
+        run = Run.read(options.run)
+        if folds := list(run.results.get("folds", ())):
+            sys.exit(
+                f"calm: error: {options.run} holds the averages of {len(folds)} folds, each of which has a classifier "
+                f"of its own: name one of their folders, such as {options.run / folds[0]}."
+            )
         found = specialisation(options.run)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"calm: error: {error}")
-    run = Run.read(options.run)
     write_json(options.run / "heads.json", found.as_dict(run.classes))
     write_report(options.run)
 
