@@ -251,6 +251,7 @@ def test_clips_that_are_cut_are_counted_in_every_run(tones, tiny_lalm, tmp_path)
             ["--data", "folder", "TONES", "--data.shots", "1", "--backbone", "./nowhere"],
             "neither a folder .* nor a hub id",
         ),
+        (["--data", "folder", "TONES", "--backbone", "qwen2audio"], r"nor a hub id .*, qwen2-audio, .*, whisper-tiny;"),
         (["--data.shotz", "3"], "unrecognized arguments: --data.shotz 3"),
         (["--shots", "3"], r"--shots is called --data\.shots here"),
         (["--data", "folder", "TONES", "--data.shots", "500"], "500 shots need"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm_pl.backbone.errors import BackboneError, HubUnreachable
+from calm_pl.conf import config_names
 
 # Everything a transformers checkpoint can need, and no pickle: weights come as safetensors only. Python code of a
 # checkpoint's own can so be read, and is run only with trust_remote_code.
@@ -47,8 +48,8 @@ def resolve_checkpoint(
         return folder.resolve()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BackboneError(
-            f"{name!r} is neither a folder on this machine nor a hub id (owner/model). "
-            f"Names that need no download: {', '.join(WITHOUT_DOWNLOAD)}."
+            f"{name!r} is neither a folder on this machine nor a hub id (owner/model). `--backbone` also takes "
+            f"{', '.join(config_names('backbone'))}; of these {' and '.join(WITHOUT_DOWNLOAD)} need no download."
         )
     return _from_hub(name, revision, [p for p in CHECKPOINT_FILES if weights or p != "*.safetensors"])
 
