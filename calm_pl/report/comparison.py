@@ -27,7 +27,8 @@ from calm_pl.training.results import write_text
 DRAWS = re.compile(
     r"data\.(shots|seed|pseudo_labels|by_confidence|store\w*|batch_size|num_workers|recipe\..*|backbone\.path)"
 )
-COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "accuracy", "low", "high")
+COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "seeds", "accuracy", "low", "high")
+ALL_FOLDS = "all"
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,25 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one shot count: accuracies over all seeds (and folds)."""
+    """One method at one shot count: seed -> fold -> accuracy, from 0 to 1.
+
+    One seed's mean over its folds is one observation: folds share most of their training clips, and every one of them
+    tests other clips. The fold ALL_FOLDS is the mean of all, and stands for single ones of the same seed.
+    """
 
     method: str
     shots: int
-    accuracies: tuple[float, ...]
+    folds_of: Mapping[int, Mapping[str, float]]
+
+    @property
+    def runs(self) -> int:
+        """How many runs count; one of all folds is one."""
+        return sum(1 if ALL_FOLDS in folds else len(folds) for folds in self.folds_of.values())
+
+    @property
+    def accuracies(self) -> list[float]:
+        """One for each seed, from 0 to 1."""
+        return [folds.get(ALL_FOLDS, statistics.fmean(folds.values())) for folds in self.folds_of.values()]
 
     @property
     def mean(self) -> float:
@@ -130,7 +145,8 @@ class Comparison:
                 for row in rows:
                     interval = row.half_width
                     bounds = ("", "") if interval != interval else (row.mean - interval, row.mean + interval)
-                    writer.writerow([*asked, row.shots, row.method, len(row.accuracies), row.mean, *bounds])
+                    seeds = len(row.folds_of)
+                    writer.writerow([*asked, row.shots, row.method, row.runs, seeds, row.mean, *bounds])
             write_text(file, handle.getvalue())
 
     def _plot_name(self, question: Question) -> str:
@@ -159,15 +175,23 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def _rows(runs: Iterable[Run]) -> list[Row]:
-    """Means over runs that differ in their draw; all clips (``shots: null``) count as support clips a class."""
-    found: dict[tuple[int, str], list[float]] = defaultdict(list)
+    """Accuracies of runs that differ in their draw; all clips (``shots: null``) count as support clips a class."""
+    found: dict[tuple[int, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         shots = run.results["shots"] or round(run.results["splits"]["support"] / run.results["num_classes"])
         for method, figures in run.ranking:
             # Learning from labels that a model gave is another method of the same question.
             name = f"{method}, pseudo-labels" if "pseudo_labels" in run.results and method != "zero_shot" else method
-            found[shots, name].append(figures["accuracy"])
-    return [Row(method, shots, tuple(values)) for (shots, method), values in sorted(found.items())]
+            found[shots, name][run.results["seed"]].setdefault(_fold(run), figures["accuracy"])
+    return [Row(method, shots, folds_of) for (shots, method), folds_of in sorted(found.items())]
+
+
+def _fold(run: Run) -> str:
+    """Which clips a run was tested on: its fold; of data without folds the seed of a random split."""
+    if "folds" in run.results:
+        return ALL_FOLDS
+    recipe = ((run.config.get("data") or {}).get("recipe") or {}).get("init_args") or {}
+    return str(recipe.get("test_fold", recipe.get("seed") if "test_fraction" in recipe else None))
 
 
 def _settings(runs: Sequence[Run]) -> list[str]:

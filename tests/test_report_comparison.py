@@ -1,0 +1,86 @@
+"""Runs side by side: what is one observation, which runs share a table, and what counts once. Runs are made up."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from calm_pl.report.comparison import Comparison, Row
+
+
+def run_folder(
+    folder: Path, accuracy: float = 0.5, seed: int = 0, config: dict[str, Any] | None = None, **results: Any
+) -> Path:
+    """A finished run of one method. ``config``: settings by their dotted names."""
+    folder.mkdir(parents=True)
+    content = {
+        "dataset": "sounds", "backbone": "tiny", "protocol": "open", "shots": 5, "seed": seed,
+        "num_classes": 2, "num_heads": 4, "head_dim": 4, "splits": {"support": 10, "test": 6}, "skipped": [],
+        "methods": {"calm": {"accuracy": accuracy}}, **results,
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(content))
+    nested: dict[str, Any] = {}
+    for name, value in {"model.classifier": "calm", "data.seed": seed, **(config or {})}.items():
+        *groups, last = name.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(nested))
+    return folder
+
+
+def of_fold(folder: Path, fold: int | str, accuracy: float, seed: int = 0, **results: Any) -> Path:
+    return run_folder(folder, accuracy, seed, {"data.recipe.init_args.test_fold": fold}, **results)
+
+
+def only_row(comparison: Comparison) -> Row:
+    ((row,),) = comparison.rows.values()
+    return row
+
+
+def test_folds_of_one_seed_are_one_observation(tmp_path):
+    folders = [of_fold(tmp_path / str(fold), fold, 0.4 + fold / 10) for fold in range(1, 6)]
+    comparison = Comparison(folders)
+    row = only_row(comparison)
+    assert row.mean == pytest.approx(0.7) and row.half_width != row.half_width  # one seed has no interval
+    comparison.write(tmp_path / "out")
+    (line,) = csv.DictReader((tmp_path / "out" / "comparison.csv").open())
+    assert (line["runs"], line["seeds"], line["low"]) == ("5", "1", "")
+
+
+def test_the_interval_is_over_means_of_seeds(tmp_path):
+    folders = [
+        of_fold(tmp_path / f"{seed}-{fold}", fold, 0.3 + seed / 10 + fold / 10, seed)
+        for seed in range(3)
+        for fold in (1, 2)
+    ]
+    row = only_row(Comparison(folders))
+    assert row.mean == pytest.approx(0.55)
+    assert row.half_width == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=0.01)  # Student's t, 2 degrees of freedom
+
+
+def test_random_splits_of_one_seed_are_one_observation(tmp_path):
+    """The recipe's seed chooses the test clips, as a fold does."""
+    folders = [
+        run_folder(
+            tmp_path / str(split),
+            0.5 + split / 10,
+            config={"data.recipe.init_args.seed": split, "data.recipe.init_args.test_fraction": 0.3},
+        )
+        for split in range(3)
+    ]
+    row = only_row(Comparison(folders))
+    assert row.accuracies == pytest.approx([0.6])
+
+
+def test_a_run_of_all_folds_stands_for_single_ones(tmp_path):
+    whole = of_fold(tmp_path / "all", "all", 0.6, folds={"fold1": {"calm": 0.5}, "fold2": {"calm": 0.7}})
+    folders = [whole, of_fold(whole / "fold1", 1, 0.5), of_fold(tmp_path / "other", 1, 0.9, seed=1)]
+    row = only_row(Comparison(folders))
+    assert row.accuracies == pytest.approx([0.6, 0.9]) and row.runs == 2
