@@ -84,3 +84,61 @@ def test_a_run_of_all_folds_stands_for_single_ones(tmp_path):
     folders = [whole, of_fold(whole / "fold1", 1, 0.5), of_fold(tmp_path / "other", 1, 0.9, seed=1)]
     row = only_row(Comparison(folders))
     assert row.accuracies == pytest.approx([0.6, 0.9]) and row.runs == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data.recipe.init_args.data_dir", ["/data/birds", "/data/cars"]),
+        ("data.recipe.init_args.seed", [0, 1]),  # without test_fraction it makes the sounds, and is no draw
+        ("data.recipe.init_args.test_fraction", [0.3, 0.5]),
+        ("data.recipe.class_path", ["mine.Birds", "mine.Cars"]),
+        ("data.backbone.path", ["/models/a/tiny", "/models/b/tiny"]),
+        ("trainer.precision", ["32-true", "bf16-true"]),
+    ],
+)
+def test_other_data_models_and_precisions_never_share_a_table(tmp_path, name, values):
+    folders = [run_folder(tmp_path / str(n), seed=n, config={name: value}) for n, value in enumerate(values)]
+    assert [question.settings for question in Comparison(folders).rows] == [
+        f"{name.rpartition('.')[2]}={value}" for value in values
+    ]
+
+
+@pytest.mark.parametrize("name", ["data.recipe.init_args.data_dir", "data.backbone.path"])
+def test_one_folder_by_several_paths_is_one(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path)
+    paths = ["here", str(tmp_path / "here"), f"{tmp_path}/here/", "link"]
+    folders = [run_folder(tmp_path / str(n), seed=n, config={name: path}) for n, path in enumerate(paths)]
+    assert len(only_row(Comparison(folders)).accuracies) == 4
+
+
+def test_settings_are_told_apart_within_a_data_set_alone(tmp_path):
+    folders = [
+        run_folder(tmp_path / data, config={"data.recipe.init_args.data_dir": f"/{data}"}, dataset=data)
+        for data in ("birds", "cars")
+    ]
+    assert [str(question) for question in Comparison(folders).rows] == ["birds · tiny · open", "cars · tiny · open"]
+
+
+def test_what_labelled_the_clips_is_told_beside_the_method(tmp_path):
+    given: list[dict[str, Any]] = [
+        {"data.pseudo_labels": None},
+        {"data.pseudo_labels": "/a.jsonl"},
+        {"data.pseudo_labels": "/b.jsonl"},
+        {"data.pseudo_labels": "/b.jsonl", "data.by_confidence": True},
+    ]
+    folders = [
+        run_folder(
+            tmp_path / str(n), n / 10, n, config, **({"pseudo_labels": {}} if config["data.pseudo_labels"] else {})
+        )
+        for n, config in enumerate(given)
+    ]
+    (rows,) = Comparison(folders).rows.values()
+    assert {row.method: row.mean for row in rows} == {
+        "calm": 0.0,
+        "calm, pseudo-labels /a.jsonl": 0.1,
+        "calm, pseudo-labels /b.jsonl": 0.2,
+        "calm, pseudo-labels /b.jsonl, by confidence": 0.3,
+    }

@@ -23,10 +23,17 @@ from calm_pl.report.page import CURVE, Plot, inline_svg, render, write_report
 from calm_pl.report.run import Run
 from calm_pl.training.results import write_text
 
-# Settings that runs of one question may differ in: which clips were drawn, and how the work was done.
+# Settings that runs of one question may differ in: which clips were drawn, how the work was done, and what is told
+# beside a method (see `_labelled_by`).
 DRAWS = re.compile(
-    r"data\.(shots|seed|pseudo_labels|by_confidence|store\w*|batch_size|num_workers|recipe\..*|backbone\.path)"
+    r"data\.(shots|seed|pseudo_labels|by_confidence|store\w*|batch_size|num_workers|recipe\.init_args\.test_fold)"
 )
+# Settings beside those of data and model that change the figures.
+OTHERS = ("trainer.precision",)
+PATHS = (
+    "data.recipe.init_args.data_dir", "data.backbone.path", "data.backbone.adapter", "data.unlabelled",
+    "data.pseudo_labels",
+)  # fmt: skip
 COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "seeds", "accuracy", "low", "high")
 ALL_FOLDS = "all"
 
@@ -92,9 +99,12 @@ class Comparison:
     def __init__(self, folders: Iterable[str | Path]) -> None:
         self.runs = [Run.read(folder) for folder in folders]
         self.runs_of: dict[Question, list[Run]] = defaultdict(list)
-        for run, settings in zip(self.runs, _settings(self.runs), strict=True):
-            results = run.results
-            self.runs_of[Question(results["dataset"], results["backbone"], results["protocol"], settings)].append(run)
+        alike: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
+        for run in self.runs:
+            alike[run.results["dataset"], run.results["backbone"], run.results["protocol"]].append(run)
+        for asked, runs in alike.items():
+            for run, settings in zip(runs, _settings(runs), strict=True):
+                self.runs_of[Question(*asked, settings)].append(run)
         self.rows = {question: _rows(runs) for question, runs in self.runs_of.items()}
 
     def tables(self) -> Iterator[Table]:
@@ -174,14 +184,13 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][max(item[1])].mean))
 
 
-def _rows(runs: Iterable[Run]) -> list[Row]:
+def _rows(runs: Sequence[Run]) -> list[Row]:
     """Accuracies of runs that differ in their draw; all clips (``shots: null``) count as support clips a class."""
     found: dict[tuple[int, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
+    for run, labelled_by in zip(runs, _labelled_by(runs), strict=True):
         shots = run.results["shots"] or round(run.results["splits"]["support"] / run.results["num_classes"])
         for method, figures in run.ranking:
-            # Learning from labels that a model gave is another method of the same question.
-            name = f"{method}, pseudo-labels" if "pseudo_labels" in run.results and method != "zero_shot" else method
+            name = method if method == "zero_shot" else f"{method}{labelled_by}"
             found[shots, name][run.results["seed"]].setdefault(_fold(run), figures["accuracy"])
     return [Row(method, shots, folds_of) for (shots, method), folds_of in sorted(found.items())]
 
@@ -194,20 +203,48 @@ def _fold(run: Run) -> str:
     return str(recipe.get("test_fold", recipe.get("seed") if "test_fraction" in recipe else None))
 
 
-def _settings(runs: Sequence[Run]) -> list[str]:
-    """For each run the settings of data and model in which the runs differ, draws apart: ``alpha=1.5``."""
+def _labelled_by(runs: Sequence[Run]) -> list[str]:
+    """What is added to the names of each run's methods: to learn from labels that a model gave, or from its surest
+    ones, is another method of the same question."""
+    settings = [dict(_flat(run.config.get("data") or {}, "data.")) for run in runs]
+    manifests = {one["data.pseudo_labels"] for one in settings if one.get("data.pseudo_labels")}
+    added = []
+    for run, one in zip(runs, settings, strict=True):
+        text = ""
+        if "pseudo_labels" in run.results:
+            text += ", pseudo-labels" + (f" {one.get('data.pseudo_labels')}" if len(manifests) > 1 else "")
+        added.append(text + (", by confidence" if one.get("data.by_confidence") else ""))
+    return added
+
+
+def _settings(runs: Iterable[Run]) -> list[str]:
+    """For each run the settings of data, model and precision in which the runs differ, draws apart: ``alpha=1.5``."""
     settings = [
-        {name: value for part in ("data", "model") for name, value in _flat(run.config.get(part) or {}, f"{part}.")}
+        {
+            name: value
+            for name, value in _flat(run.config, "")
+            if name.startswith(("data.", "model.", *OTHERS)) and not DRAWS.fullmatch(name)
+        }
         for run in runs
     ]
-    names = {name for one in settings for name in one if not DRAWS.fullmatch(name)}
+    for one in settings:
+        if "data.recipe.init_args.test_fraction" in one:  # else the seed makes the sounds
+            one.pop("data.recipe.init_args.seed", None)
+    names = {name for one in settings for name in one}
     differing = sorted(name for name in names if len({repr(one.get(name)) for one in settings}) > 1)
     return [", ".join(f"{name.rpartition('.')[2]}={one.get(name)}" for name in differing) for one in settings]
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values, paths by where they lead."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield prefix + name, _led_to(value) if prefix + name in PATHS and value else value
+
+
+def _led_to(path: str) -> str:
+    """A path whole and without links; a name that is no path here, such as a hub id, as it is."""
+    whole = os.path.realpath(os.path.expanduser(path))
+    return whole if os.path.exists(whole) else path
