@@ -142,3 +142,18 @@ def test_what_labelled_the_clips_is_told_beside_the_method(tmp_path):
         "calm, pseudo-labels /b.jsonl": 0.2,
         "calm, pseudo-labels /b.jsonl, by confidence": 0.3,
     }
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch):
+    run_folder(tmp_path / "one")
+    (tmp_path / "link").symlink_to("one")
+    monkeypatch.chdir(tmp_path)
+    comparison = Comparison(["one", "one/", tmp_path / "one", "link"])
+    assert only_row(comparison).runs == len(comparison.runs) == 1
+
+
+def test_two_folders_of_one_draw_count_once_and_are_told(tmp_path, capsys):
+    first, again, other = (of_fold(tmp_path / str(n), 1 + n // 2, 0.5 + n / 10) for n in range(3))
+    comparison = Comparison([first, again, other])
+    assert only_row(comparison).accuracies == pytest.approx([0.6]) and len(comparison.runs) == 2
+    assert f"{again} is left out: {first} is of the same shots, seed and fold" in capsys.readouterr().err

@@ -131,6 +131,14 @@ def test_a_search_without_a_server_is_drawn_at_random(capsys):
             assert set(values) == set(about.get("values", [about.get("value")]))
 
 
+@pytest.mark.parametrize("method", ["random", "grid"])
+def test_points_that_repeat_are_run_once(tmp_path, capsys, method):
+    parameters = {"data.shots": {"value": 2}, "data.seed": {"values": [0, 1, 0, 1, 0, 1, 0, 1]}}
+    points = read_points(sweep_file(tmp_path, method=method, run_cap=8, parameters=parameters))
+    assert sorted(point.name for point in points) == ["shots=2,seed=0", "shots=2,seed=1"]
+    assert "small.yaml: 2 of its 8 points are left" in capsys.readouterr().err
+
+
 def test_unknown_sweeps_are_told():
     with pytest.raises(SystemExit, match=r"no such file, and no nothing\.yaml .* shipped are bayes, methods, shots"):
         cli.main(["sweep", "nothing"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 import math
 import random
 import re
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
-    """Points of a sweep file, in a fixed order.
+    """Points of a sweep file, in a fixed order, each once.
 
     A grid has all of its points, the last parameter varying fastest. ``random`` and ``bayes`` have ``run_cap`` points,
     drawn at random from a fixed seed: a Bayesian search needs W&B's server.
@@ -106,11 +107,14 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
             say(f"{file.name}: its {count} points are drawn at random; to search, wandb sweep {file}")
     else:
         raise ValueError(f"{file} has method: {sweep.get('method')}: choose grid, random or bayes.")
+    drawn = list(drawn)
     points = []
-    for values in drawn:
+    for values in {json.dumps(values, default=str): values for values in drawn}.values():
         point = dict(zip(parameters, values, strict=True))
         arguments = [f"--{name}={value}" for name, value in point.items()]
         points.append(Point(point, (*fixed, *extra, *arguments)))
+    if len(points) < len(drawn):
+        say(f"{file.name}: {len(points)} of its {len(drawn)} points are left, the others repeat them")
     given = {argument.partition("=")[0].removeprefix("--") for argument in extra}
     if given & parameters.keys():
         say(f"{file.name} varies {', '.join(sorted(given & parameters.keys()))}: what is given for it does not count")
@@ -211,8 +215,6 @@ def _run(command: str, point: Point, config: Mapping[str, Any], *more: str) -> N
 
 def _outcome(folder: Path, config: Mapping[str, Any]) -> str:
     """``calm_learned 85.4 %``: the method that the run keeps."""
-    import json
-
     kept = config["model"]["classifier"]
     figures = json.loads((folder / "results.json").read_text())["methods"].get(kept)
     return f"{kept} {100 * figures['accuracy']:.1f} %" if figures else "done"

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class Row:
 class Comparison:
     """Runs by question: data sets, backbones, protocols and settings never share a table.
 
+    A run counts once, however often it is named; so do several folders of the same draw, and which of them is left out
+    is told on standard error.
+
     Args:
         folders: run folders.
 
@@ -97,14 +101,17 @@ class Comparison:
     """
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
-        self.runs = [Run.read(folder) for folder in folders]
+        runs = [Run.read(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
         self.runs_of: dict[Question, list[Run]] = defaultdict(list)
         alike: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
-        for run in self.runs:
+        for run in runs:
             alike[run.results["dataset"], run.results["backbone"], run.results["protocol"]].append(run)
-        for asked, runs in alike.items():
-            for run, settings in zip(runs, _settings(runs), strict=True):
+        for asked, likely in alike.items():
+            for run, settings in zip(likely, _settings(likely), strict=True):
                 self.runs_of[Question(*asked, settings)].append(run)
+        self.runs_of = {question: _draws(theirs) for question, theirs in self.runs_of.items()}
+        left = {id(run) for theirs in self.runs_of.values() for run in theirs}
+        self.runs = [run for run in runs if id(run) in left]
         self.rows = {question: _rows(runs) for question, runs in self.runs_of.items()}
 
     def tables(self) -> Iterator[Table]:
@@ -185,14 +192,30 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def _rows(runs: Sequence[Run]) -> list[Row]:
-    """Accuracies of runs that differ in their draw; all clips (``shots: null``) count as support clips a class."""
+    """Accuracies of runs that differ in their draw."""
     found: dict[tuple[int, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for run, labelled_by in zip(runs, _labelled_by(runs), strict=True):
-        shots = run.results["shots"] or round(run.results["splits"]["support"] / run.results["num_classes"])
         for method, figures in run.ranking:
             name = method if method == "zero_shot" else f"{method}{labelled_by}"
-            found[shots, name][run.results["seed"]].setdefault(_fold(run), figures["accuracy"])
+            found[_shots(run), name][run.results["seed"]].setdefault(_fold(run), figures["accuracy"])
     return [Row(method, shots, folds_of) for (shots, method), folds_of in sorted(found.items())]
+
+
+def _draws(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one question, each draw once: the first of several folders is kept, the others are told."""
+    first: dict[tuple[Any, ...], Run] = {}
+    for run, labelled_by in zip(runs, _labelled_by(runs), strict=True):
+        draw = _shots(run), run.results["seed"], _fold(run), labelled_by, *sorted(run.results["methods"])
+        kept = first.setdefault(draw, run)
+        if kept is not run:
+            print(f"calm: {run.folder} is left out: {kept.folder} is of the same shots, seed and fold", file=sys.stderr)
+    return list(first.values())
+
+
+def _shots(run: Run) -> int:
+    """Support clips a class; where all clips are taken, of a class on average."""
+    results = run.results
+    return int(results["shots"] or round(results["splits"]["support"] / results["num_classes"]))
 
 
 def _fold(run: Run) -> str:
