@@ -157,3 +157,16 @@ def test_two_folders_of_one_draw_count_once_and_are_told(tmp_path, capsys):
     comparison = Comparison([first, again, other])
     assert only_row(comparison).accuracies == pytest.approx([0.6]) and len(comparison.runs) == 2
     assert f"{again} is left out: {first} is of the same shots, seed and fold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_every_question_has_a_plot_of_its_own(tmp_path, length):
+    """However long its settings are, and though they differ only in letters that a file's name does not have."""
+    prompts = [f"{{question}} {'a' * length}{mark}" for mark in "?!"]
+    folders = [
+        run_folder(tmp_path / f"{n}-{shots}", config={"data.backbone.prompt": prompt}, shots=shots)
+        for n, prompt in enumerate(prompts)
+        for shots in (1, 5)
+    ]
+    Comparison(folders).write(tmp_path / "out")
+    assert len(list((tmp_path / "out" / "plots").glob("*.svg"))) == 2

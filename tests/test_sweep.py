@@ -139,6 +139,16 @@ def test_points_that_repeat_are_run_once(tmp_path, capsys, method):
     assert "small.yaml: 2 of its 8 points are left" in capsys.readouterr().err
 
 
+def test_points_that_are_spelled_alike_have_folders_of_their_own(tmp_path):
+    prompts = {"values": ["{question} Answer?", "{question} Answer!", "{question} Answer."]}
+    file = sweep_file(tmp_path, parameters={"data.backbone.prompt": prompts})
+    names = [point.name for point in read_points(file)]
+    assert names[2] == "prompt=-question-Answer."  # as it is, where nothing else is called so
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"prompt=-question-Answer--[0-9a-f]{8}", name) for name in names[:2])
+    assert names == [point.name for point in read_points(file)]
+
+
 def test_unknown_sweeps_are_told():
     with pytest.raises(SystemExit, match=r"no such file, and no nothing\.yaml .* shipped are bayes, methods, shots"):
         cli.main(["sweep", "nothing"])

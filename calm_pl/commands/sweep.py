@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import itertools
 import json
@@ -11,9 +12,10 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,25 @@ RUN_CAP = 20  # points of a random sweep that does not say how many
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: its parameters and its whole command line after ``calm fit``."""
+    """One run of a sweep: its parameters and its whole command line after ``calm fit``.
+
+    ``mark`` tells it from points whose parameters are spelled alike in a folder's name.
+    """
 
     parameters: Mapping[str, Any]
     arguments: tuple[str, ...]
+    mark: str = ""
 
     @property
     def name(self) -> str:
         """What its folder is called: ``shots=5,seed=0``."""
         text = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in self.parameters.items())
-        return re.sub(r"[^\w.,=+-]+", "-", text)
+        return re.sub(r"[^\w.,=+-]+", "-", text) + self.mark
+
+    def marked(self) -> Point:
+        """The point with the first 8 digits of a hash of its parameters at the end of its name."""
+        parameters = json.dumps(self.parameters, default=str)
+        return replace(self, mark=f"-{hashlib.sha256(parameters.encode()).hexdigest()[:8]}")
 
 
 def main(argv: list[str]) -> int:
@@ -115,6 +126,8 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
         points.append(Point(point, (*fixed, *extra, *arguments)))
     if len(points) < len(drawn):
         say(f"{file.name}: {len(points)} of its {len(drawn)} points are left, the others repeat them")
+    named = Counter(point.name for point in points)
+    points = [point.marked() if named[point.name] > 1 else point for point in points]
     given = {argument.partition("=")[0].removeprefix("--") for argument in extra}
     if given & parameters.keys():
         say(f"{file.name} varies {', '.join(sorted(given & parameters.keys()))}: what is given for it does not count")

@@ -37,6 +37,7 @@ PATHS = (
 )  # fmt: skip
 COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "seeds", "accuracy", "low", "high")
 ALL_FOLDS = "all"
+LONGEST_NAME = 75  # characters, of up to 3 bytes; file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,12 @@ class Comparison:
             write_text(file, handle.getvalue())
 
     def _plot_name(self, question: Question) -> str:
-        about = str(question) if len(self.rows) > 1 else ""
-        return re.sub(r"[^\w.-]+", "-", f"{CURVE} {about}".strip())
+        """The file's name without its ending; questions that are long or spelled alike are told apart by number."""
+        if len(self.rows) == 1:
+            return CURVE
+        names = [re.sub(r"[^\w.-]+", "-", f"{CURVE} {one}".strip())[:LONGEST_NAME] for one in self.rows]
+        place = list(self.rows).index(question)
+        return names[place] if names.count(names[place]) == 1 else f"{names[place]}-{place + 1}"
 
     def _plot(self, out: Path, question: Question) -> Plot | None:
         """Accuracy over shots, where there is more than one shot count."""
