@@ -100,6 +100,26 @@ def test_rows_of_another_question_never_join(compared, other, message):
     assert (out / ROWS_FILE).read_text() == before
 
 
+@pytest.mark.parametrize("command", ["compare", "episodes"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--data.pseudo_labels", "labels.jsonl"),
+        ("--data.by_confidence", "true"),
+        ("--data.unlabelled", "sounds"),
+        ("--data.protocol", "mcq", "--data.within_options", "true"),
+        ("--model.zero_shot", "true"),
+        ("--model.zero_shot=true",),
+        ("--model.zero_shot_by", "generation"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tiny_lalm, tmp_path, command, option):
+    name = option[-2:][0].partition("=")[0]
+    with pytest.raises(SystemExit, match=rf"{name}.* does not count here.*calm sweep shots"):
+        cli.main([command, "--backbone", str(tiny_lalm), *option, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_methods_may_join_later(compared, tmp_path):
     out, arguments = compared
     copied = Path(shutil.copytree(out, tmp_path / "copy"))

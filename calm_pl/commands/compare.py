@@ -11,6 +11,7 @@ from calm_pl.conf import CONF_DIR, names_help
 
 def main(argv: list[str]) -> int:
     """Parse, extract what is missing, fit everything, tell the result."""
+    refuse_zero_shot(argv)
     arguments = expand_names(["compare", *argv])[1:]
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
@@ -55,3 +56,19 @@ def main(argv: list[str]) -> int:
         sys.exit(f"calm: error: {error}")
     report(rows, out)
     return 0
+
+
+def refuse_zero_shot(argv: list[str]) -> None:
+    """Exit where the model shall be asked in words too: the methods alone are compared.
+
+    Models say ``zero_shot: true`` for `calm fit` unless told otherwise, so what is parsed does not tell who wants it.
+    """
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option == "--model.zero_shot_by" or (
+            option == "--model.zero_shot" and (value if equals else following).lower() != "false"
+        ):
+            sys.exit(
+                f"calm: error: {option} does not count here: nothing is asked in words. `calm fit` takes it, "
+                "and so does a sweep over shots and seeds: calm sweep shots --model.zero_shot true"
+            )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from calm_pl.commands.compare import refuse_zero_shot
 from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
 from calm_pl.conf import CONF_DIR, names_help
 
 
 def main(argv: list[str]) -> int:
     """Parse, extract what is missing, run the episodes, tell the result."""
+    refuse_zero_shot(argv)
     arguments = expand_names(["episodes", *argv])[1:]
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer

@@ -59,8 +59,10 @@ def run_comparison(
         splits: random splits of a data set that has no folds.
 
     Raises:
-        ValueError: ``out`` holds rows of another question; clips cannot be split as asked.
+        ValueError: ``out`` holds rows of another question; clips cannot be split as asked; the data have an option
+            that counts in `calm fit` alone.
     """
+    check_options(data)
     data.recipe.prepare()
     clips, folds = clips_and_folds(data.recipe, splits)
     clips = data.asked(clips)
@@ -85,6 +87,26 @@ def run_comparison(
             rows.append(row)
             task.advance(note=f"{row.method}, {row.shots} shots")
     return rows
+
+
+def check_options(data: AudioEpisodeDataModule) -> None:
+    """Refuse what would be ignored: every method here learns from true labels, and is tested among all classes.
+
+    Raises:
+        ValueError: names the option and what takes it.
+    """
+    for name, given in (
+        ("within_options", data.protocol.within_options),
+        ("pseudo_labels", data.pseudo_labels),
+        ("by_confidence", data.by_confidence),
+        ("unlabelled", data.unlabelled),
+    ):
+        if given:
+            option = f"--data.{name} {given if isinstance(given, str) else 'true'}"
+            raise ValueError(
+                f"{option} does not count here. `calm fit` takes it, and so does a sweep over shots and seeds: "
+                f"calm sweep shots {option}"
+            )
 
 
 def check_same_question(

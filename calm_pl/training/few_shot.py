@@ -19,7 +19,15 @@ from calm_pl.data.splits import check_disjoint
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.compare import Key, Row, score
 from calm_pl.progress import Task
-from calm_pl.training.comparison import ROWS_FILE, anew, check_same_question, kept, read_rows, stored_heads
+from calm_pl.training.comparison import (
+    ROWS_FILE,
+    anew,
+    check_options,
+    check_same_question,
+    kept,
+    read_rows,
+    stored_heads,
+)
 
 
 def run_episodes(
@@ -50,8 +58,10 @@ def run_episodes(
         out: folder for the results.
 
     Raises:
-        ValueError: too few clips or classes; ``out`` holds episodes of another kind.
+        ValueError: too few clips or classes; ``out`` holds episodes of another kind; the data have an option that
+            counts in `calm fit` alone.
     """
+    check_options(data)
     data.recipe.prepare()
     clips = [clip for clip in data.asked(data.recipe.clips()) if clip.split in ("train", "test")]
     check_disjoint([c for c in clips if c.split == "train"], [c for c in clips if c.split == "test"])
