@@ -208,6 +208,18 @@ def test_two_seeds_have_means_without_intervals(tmp_path, capsys):
     assert "55.0" in shown and "35.0" in shown and "-20.0" in shown and "nan" not in shown
 
 
+def test_methods_of_fewer_draws_are_marked(tmp_path, capsys):
+    rows = [Row(method, shots, seed, "1", 0.5 + seed / 10, 0, 0, 0, 0, 0)
+            for method, seeds in [("calm", 2), ("sav", 4)] for shots in (1, 5) for seed in range(seeds)]  # fmt: skip
+    report(rows, tmp_path)
+    shown = capsys.readouterr().out
+    assert shown.count("55.0 (of 2 draws)") == 2 and "the others are of 4 draws" in " ".join(shown.split())
+    found = json.loads((tmp_path / "comparison.json").read_text())["accuracy"]
+    assert {method: points["5"]["draws"] for method, points in found.items()} == {"calm": 2, "sav": 4}
+    report([row for row in rows if row.seed < 2], tmp_path)
+    assert "draws)" not in capsys.readouterr().out
+
+
 def test_test_clips_without_a_label_are_left_out_and_counted(tones, tiny_lalm, tmp_path, capsys):
     clips = read_manifest(tones)
     bare = next(i for i, clip in enumerate(clips) if clip.split == "test")

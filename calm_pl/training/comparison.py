@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -270,18 +270,24 @@ def means(rows: Sequence[Row], figure: str = "accuracy") -> dict[str, dict[int, 
 def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = "seeds") -> None:
     """Print the table and the paired differences; write them and the plot beside the rows.
 
-    ``over`` names what a row's seed stands for.
+    ``over`` names what a row's seed stands for. Methods that joined later may have fewer or more draws than others;
+    then the table says so beside those that have fewer.
     """
     from calm_pl.report import plots
 
     table = means(rows)
+    draws = Counter((method, shots) for method, shots, _, _ in {row.key for row in rows})
     shots = sorted({count for points in table.values() for count in points})
     shown = Table(title=f"accuracy, %: mean over {over} ± half of the 95 % interval")
     shown.add_column("method", no_wrap=True)
     for count in shots:
         shown.add_column(f"{count} shot{'s' * (count > 1)}", justify="right", no_wrap=True)
+    most = {n: max(draws[method, n] for method in table) for n in shots}
     for method, points in table.items():
-        shown.add_row(method, *(mean_and_half(*points[n]) if n in points else "" for n in shots))
+        fewer = {n: f" (of {draws[method, n]} draws)" if draws[method, n] < most[n] else "" for n in shots}
+        shown.add_row(method, *(mean_and_half(*points[n]) + fewer[n] if n in points else "" for n in shots))
+    if any(draws[method, n] < most[n] for method, points in table.items() for n in points):
+        shown.caption = f"the others are of {', '.join(map(str, sorted(set(most.values()))))} draws"
     console = wide_console()
     console.print(shown)
     differences = [
@@ -293,7 +299,10 @@ def report(rows: Sequence[Row], out: Path, reference: str = "calm", over: str = 
     if differences:
         console.print(_against(differences, reference, shots))
     means_json = {
-        method: {str(n): {"mean": mean, "half_interval": _number(half)} for n, (mean, half) in points.items()}
+        method: {
+            str(n): {"mean": mean, "half_interval": _number(half), "draws": draws[method, n]}
+            for n, (mean, half) in points.items()
+        }
         for method, points in table.items()
     }
     against_json = [{**asdict(d), "low": _number(d.low), "high": _number(d.high)} for d in differences]
