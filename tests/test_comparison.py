@@ -14,11 +14,13 @@ import torch
 import yaml
 
 from calm_pl import cli
+from calm_pl.baselines import SAV
 from calm_pl.clip import Clip
 from calm_pl.conf import find_config
 from calm_pl.data import read_manifest, write_manifest
 from calm_pl.data.recipes import Manifest
-from calm_pl.methods.compare import Row
+from calm_pl.methods.compare import Fold, Row
+from calm_pl.methods.compare import compare as compare_methods
 from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, means, read_rows, report
 
 
@@ -206,6 +208,21 @@ def test_two_seeds_have_means_without_intervals(tmp_path, capsys):
     report(rows, tmp_path)
     shown = capsys.readouterr().out
     assert "55.0" in shown and "35.0" in shown and "-20.0" in shown and "nan" not in shown
+
+
+def test_shots_and_seeds_that_repeat_count_once():
+    fold = Fold("1", torch.arange(8), torch.arange(8, 12))
+    rows = compare_methods(
+        torch.randn(12, 2, 4), torch.arange(12) % 2, 2, [fold], [2, 2, 1], [0, 0],
+        {"sav": SAV}, lambda pool, shots, seed: range(2 * shots),
+    )  # fmt: skip
+    assert [row.key for row in rows] == [("sav", 2, 0, "1"), ("sav", 1, 0, "1")]
+
+
+def test_rows_that_stand_twice_in_a_file_are_read_once(compared, tmp_path):
+    lines = (compared[0] / ROWS_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / ROWS_FILE).write_text("".join([*lines, *lines[1:5]]))
+    assert read_rows(tmp_path / ROWS_FILE) == read_rows(compared[0] / ROWS_FILE)
 
 
 def test_methods_of_fewer_draws_are_marked(tmp_path, capsys):

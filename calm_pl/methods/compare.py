@@ -74,15 +74,15 @@ def compare(
         labels_N: their classes.
         num_classes: C.
         folds: the divisions.
-        shots: clips a class in a support set.
-        seeds: one support set is drawn for each.
+        shots: clips a class in a support set; a number that repeats counts once.
+        seeds: one support set is drawn for each; as with shots.
         methods: how to make each method anew.
         draw: (indices of the pool, shots, seed) -> positions in the pool that make the support set.
         done: keys of rows that exist already and are left out.
     """
     for fold in folds:
-        for count in shots:
-            for seed in seeds:
+        for count in dict.fromkeys(shots):
+            for seed in dict.fromkeys(seeds):
                 wanted = [name for name in methods if (name, count, seed, fold.name) not in done]
                 if not wanted:
                     continue

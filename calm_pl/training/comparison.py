@@ -81,7 +81,8 @@ def run_comparison(
         _drawer(clips),
         done={row.key for row in rows},
     )
-    total = len(folds) * len(shots) * len(seeds) * len(methods) - sum(row.method in methods for row in rows)
+    asked = len(folds) * len(set(shots)) * len(set(seeds)) * len(methods)
+    total = asked - sum(row.method in methods for row in rows)
     with Task("fitting and testing", max(total, 0), "fits") as task:
         for row in kept(made, out / ROWS_FILE):
             rows.append(row)
@@ -222,18 +223,19 @@ def _drawer(clips: Sequence[Clip]) -> Callable[[Tensor, int, int], list[int]]:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Rows of an earlier, perhaps interrupted comparison; a half-written last line is left out."""
+    """Rows of an earlier, perhaps interrupted comparison, each once; a half-written last line is left out."""
     if not file.exists():
         return []
     kinds: dict[str, Callable[[str], Any]] = {"method": str, "fold": str, "shots": int, "seed": int}
     names = [field.name for field in fields(Row)]
     with file.open(newline="") as handle:
         whole = [line for line in handle if line.endswith("\n")]
-    return [
+    rows = [
         Row(**{name: kinds.get(name, float)(line[name]) for name in names})
         for line in csv.DictReader(whole)
         if all(line.get(name) not in (None, "") for name in names)
     ]
+    return list({row.key: row for row in rows}.values())
 
 
 def kept(made: Iterator[Row], file: Path) -> Iterator[Row]:
