@@ -122,6 +122,19 @@ def test_options_that_would_be_ignored_are_refused(tiny_lalm, tmp_path, command,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (("--data.seed", "3"), "--data.seed is called --seeds"),
+        (("--data.shots=2",), "--data.shots is called --shots"),
+        (("--trainer.precision", "bf16-true"), "--trainer.precision is called --precision"),
+    ],
+)
+def test_options_of_fit_that_have_another_name_here_are_told(option, name):
+    with pytest.raises(SystemExit, match=f"{name} .*here"):
+        cli.main(["compare", *option])
+
+
 def test_methods_may_join_later(compared, tmp_path):
     out, arguments = compared
     copied = Path(shutil.copytree(out, tmp_path / "copy"))

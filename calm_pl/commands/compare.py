@@ -8,9 +8,19 @@ from pathlib import Path
 from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
 from calm_pl.conf import CONF_DIR, names_help
 
+# What `calm fit` calls otherwise.
+NAMES = {
+    "--data.shots": "--shots (as in --shots 1,5,20)",
+    "--data.seed": "--seeds (how many support sets are drawn in each fold)",
+    "--trainer.precision": "--precision", "--run_dir": "--out",
+}  # fmt: skip
+
 
 def main(argv: list[str]) -> int:
     """Parse, extract what is missing, fit everything, tell the result."""
+    for option in (argument.partition("=")[0] for argument in argv):
+        if option in NAMES:
+            sys.exit(f"calm: error: {option} is called {NAMES[option]} here")
     refuse_zero_shot(argv)
     arguments = expand_names(["compare", *argv])[1:]
     from jsonargparse import ArgumentParser
