@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_wandb_agents_start_the_same_commands(tmp_path):
             {"method": "random", "parameters": {"data.seed": {"distribution": "beta", "min": 0, "max": 5}}},
             r"data\.seed has distribution: beta",
         ),
+        (
+            {"method": "random", "parameters": {"data.seed": {"values": [0, 1], "probabilities": [1]}}},
+            r"data\.seed has probabilities: \[1\] for 2 values",
+        ),
         ({"program": "train.py"}, "does not run `calm fit`"),
         ({"parameters": {"data.seed": {"min": 0, "max": 5}}}, r"data\.seed has neither value nor values"),
     ],
@@ -137,6 +142,14 @@ def test_points_that_repeat_are_run_once(tmp_path, capsys, method):
     points = read_points(sweep_file(tmp_path, method=method, run_cap=8, parameters=parameters))
     assert sorted(point.name for point in points) == ["shots=2,seed=0", "shots=2,seed=1"]
     assert "small.yaml: 2 of its 8 points are left" in capsys.readouterr().err
+
+
+def test_values_are_drawn_as_often_as_the_file_says(tmp_path):
+    seeds = {"values": [0, 1, 2], "probabilities": [0.0, 0.9, 0.1]}
+    parameters = {"data.seed": seeds, "data.options_seed": {"min": 0, "max": 10**9}}
+    points = read_points(sweep_file(tmp_path, method="random", run_cap=1000, parameters=parameters))
+    counts = Counter(point.parameters["data.seed"] for point in points)
+    assert counts[0] == 0 and 860 < counts[1] < 940
 
 
 def test_points_that_are_spelled_alike_have_folders_of_their_own(tmp_path):

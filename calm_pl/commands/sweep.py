@@ -254,7 +254,16 @@ def _choices(file: Path, name: str, about: Mapping[str, Any]) -> list[Any]:
 def _draw(file: Path, name: str, about: Mapping[str, Any], rng: random.Random) -> Any:
     """One value of a parameter, by W&B's rules for what its description leaves out."""
     if not isinstance(about, Mapping) or "min" not in about or "max" not in about:
-        return rng.choice(_choices(file, name, about))
+        values = _choices(file, name, about)
+        chances = about.get("probabilities")
+        if chances is None:
+            return rng.choice(values)
+        try:
+            return rng.choices(values, chances)[0]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{file}: {name} has probabilities: {chances} for {len(values)} values: one number a value, not all 0."
+            ) from None
     low, high = about["min"], about["max"]
     whole = isinstance(low, int) and isinstance(high, int)
     distribution = about.get("distribution", "int_uniform" if whole else "uniform")
