@@ -152,6 +152,21 @@ def test_values_are_drawn_as_often_as_the_file_says(tmp_path):
     assert counts[0] == 0 and 860 < counts[1] < 940
 
 
+def test_values_are_spelled_as_in_a_configuration(tmp_path):
+    parameters = {
+        "data.shots": {"values": [None]}, "data.letters": {"value": False}, "data.protocol": {"value": "open"},
+        "model.methods.calm.init_args.grid": {"value": {"tau": [0.1, None]}},
+    }  # fmt: skip
+    (point,) = read_points(sweep_file(tmp_path, parameters=parameters))
+    assert point.arguments[1:] == (
+        "--data.shots=null", "--data.letters=false", "--data.protocol=open",
+        '--model.methods.calm.init_args.grid={"tau": [0.1, null]}',
+    )  # fmt: skip
+    assert point.name.startswith("shots=null,letters=false,protocol=open,")
+    config = parsed(*point.arguments[1:-1])
+    assert config["data"]["shots"] is None and config["data"]["letters"] is False
+
+
 def test_points_that_are_spelled_alike_have_folders_of_their_own(tmp_path):
     prompts = {"values": ["{question} Answer?", "{question} Answer!", "{question} Answer."]}
     file = sweep_file(tmp_path, parameters={"data.backbone.prompt": prompts})

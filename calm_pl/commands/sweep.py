@@ -40,7 +40,7 @@ class Point:
     @property
     def name(self) -> str:
         """What its folder is called: ``shots=5,seed=0``."""
-        text = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in self.parameters.items())
+        text = ",".join(f"{name.rpartition('.')[2]}={_text(value)}" for name, value in self.parameters.items())
         return re.sub(r"[^\w.,=+-]+", "-", text) + self.mark
 
     def marked(self) -> Point:
@@ -122,7 +122,7 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
     points = []
     for values in {json.dumps(values, default=str): values for values in drawn}.values():
         point = dict(zip(parameters, values, strict=True))
-        arguments = [f"--{name}={value}" for name, value in point.items()]
+        arguments = [f"--{name}={_text(value)}" for name, value in point.items()]
         points.append(Point(point, (*fixed, *extra, *arguments)))
     if len(points) < len(drawn):
         say(f"{file.name}: {len(points)} of its {len(drawn)} points are left, the others repeat them")
@@ -239,6 +239,11 @@ def _calm(command: str, point: Point, *more: str) -> None:
     lightning.main([command, *point.arguments, *more])
     if "wandb" in sys.modules:  # else the next point would go on in this one's W&B run
         sys.modules["wandb"].finish()
+
+
+def _text(value: Any) -> str:
+    """A value as a configuration spells it: ``null`` and ``true``, which Python calls None and True."""
+    return json.dumps(value, default=str) if value is None or isinstance(value, bool | list | dict) else str(value)
 
 
 def _choices(file: Path, name: str, about: Mapping[str, Any]) -> list[Any]:
