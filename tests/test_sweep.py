@@ -46,6 +46,13 @@ def test_points_are_the_grid_in_order(tmp_path):
     assert points[1].arguments == ("--model.zero_shot=false", "--data", "esc10", "--data.shots=2", "--data.seed=3")
 
 
+@pytest.mark.parametrize("logger", [["--logger", "wandb"], ["--logger=wandb"], ["--logger"]])
+def test_the_servers_logger_is_left_out_however_it_is_written(tmp_path, logger):
+    command = ["${program}", "fit", *logger, "--model.zero_shot=false", "${args}"]
+    points = read_points(sweep_file(tmp_path, command=command))
+    assert points[0].arguments == ("--model.zero_shot=false", "--data.shots=1", "--data.seed=3")
+
+
 def test_the_shipped_files_follow_wandbs_own_schema():
     """By W&B's package `sweeps`, which its server uses; it wants an old numpy, so it is no dependency of the tests."""
     cfg = pytest.importorskip("sweeps.config.cfg")

@@ -105,7 +105,11 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
         raise ValueError(f"{file} does not run `calm fit`: give it program: calm and a command with fit.")
     fixed = [part for part in command[command.index("fit") + 1 :] if not part.startswith("${")]
     # Without a server nothing is logged there, unless --logger is given to `calm sweep` itself.
-    fixed = [part for part in fixed if not part.startswith("--logger")]
+    fixed = [
+        part
+        for before, part in zip(["", *fixed], fixed, strict=False)
+        if not part.startswith("--logger") and not (before == "--logger" and not part.startswith("--"))
+    ]
     parameters = sweep["parameters"]
     drawn: Iterable[tuple[Any, ...]]
     if sweep.get("method") == "grid":
