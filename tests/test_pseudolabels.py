@@ -202,7 +202,7 @@ def test_true_and_pseudo_labels_stand_in_one_table(tones, tiny_lalm, one_wrong, 
     assert results["splits"]["test"] == 9
     calm("report", tmp_path / "true", tmp_path / "pseudo", "--out", tmp_path / "both")
     rows = list(csv.DictReader((tmp_path / "both" / "comparison.csv").open()))
-    assert {row["method"] for row in rows} == {"calm_whitened", "calm_whitened, pseudo-labels"}
+    assert {row["method"] for row in rows} == {"calm_whitened", "calm_whitened, pseudo-labels, by confidence"}
     assert len({(row["dataset"], row["protocol"], row["settings"]) for row in rows}) == 1
 
 
