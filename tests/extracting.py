@@ -37,12 +37,14 @@ QUIET = {
 }
 
 
-def fill(folder: Path, model: str, root: Path, ready: Connection | None = None, **options: object) -> None:
+def fill(
+    folder: Path, model: str, root: Path, ready: Connection | None = None, batch_size: int = 2, **options: object
+) -> None:
     """Extract the clips of a folder."""
     clips, backbone = read_manifest(folder), Backbone(model)
     store = HeadStore(backbone.store_key(), root)
     trainer = L.Trainer(callbacks=[StoreWriter(store)], **QUIET, **{"devices": 1, **options})
-    data = ClipDataModule(clips, backbone, store, batch_size=2)
+    data = ClipDataModule(clips, backbone, store, batch_size)
     if ready:
         ready.send_bytes(b".")
     trainer.predict(HeadExtraction(backbone), datamodule=data, return_predictions=False)
@@ -77,8 +79,8 @@ def as_rank(rank: int, port: int, function: Callable[..., None], arguments: tupl
     function(*arguments)
 
 
-def fill_in_two_ranks(folder: Path, model: str, root: Path) -> None:
-    fill(folder, model, root, devices=2, strategy="ddp")
+def fill_in_two_ranks(folder: Path, model: str, root: Path, batch_size: int = 2) -> None:
+    fill(folder, model, root, batch_size=batch_size, devices=2, strategy="ddp")
 
 
 def stored(folder: Path, model: str, root: Path) -> torch.Tensor:

@@ -42,6 +42,11 @@ def test_two_ranks_fill_the_same_store(unbroken, tones, tiny_lalm, tmp_path):
     assert torch.equal(stored(tones, tiny_lalm, tmp_path / "heads"), unbroken)
 
 
+def test_a_rank_without_a_batch_waits_for_the_other(unbroken, tones, tiny_lalm, tmp_path):
+    in_two_ranks(fill_in_two_ranks, tones, tiny_lalm, tmp_path / "heads", 64)
+    torch.testing.assert_close(stored(tones, tiny_lalm, tmp_path / "heads"), unbroken, atol=2e-3, rtol=2e-3)
+
+
 def test_two_runs_at_once_do_not_disturb_each_other(unbroken, tones, tiny_lalm, tmp_path):
     processes = [in_process(fill, tones, tiny_lalm, tmp_path / "heads") for _ in range(2)]
     for process in processes:

@@ -254,23 +254,18 @@ def on_gpu(trainer: L.Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
 
 
-def stream_loader(
-    batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False, to_all_ranks: bool = False
-) -> DataLoader[ClipBatch]:
-    """A loader over whole batches; workers decode ahead while the model computes.
-
-    Args:
-        batches: what is loaded.
-        num_workers: processes that decode.
-        pin_memory: for copies to a GPU.
-        to_all_ranks: Lightning shall not deal the batches to ranks, as it does where no sampler does it already.
-    """
+def stream_loader(batches: Dataset[ClipBatch], num_workers: int, pin_memory: bool = False) -> DataLoader[ClipBatch]:
+    """A loader over this rank's batches, all of them whole; workers decode ahead while the model computes."""
     if num_workers:
         allow_open_files()
+    # Where no sampler deals the batches to ranks, Lightning does, and fails where there are fewer of them than ranks.
+    dealt: DistributedSampler[int] | None = None
+    if not isinstance(batches, IterableDataset):
+        dealt = DistributedSampler(batches, 1, 0, shuffle=False)
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=DistributedSampler(batches, 1, 0, shuffle=False) if to_all_ranks else None,
+        sampler=dealt,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,

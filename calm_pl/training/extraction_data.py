@@ -43,8 +43,7 @@ class ClipDataModule(L.LightningDataModule):
         store: where head outputs are kept; what it lacks is computed.
         batch_size: clips a forward pass; ``auto`` finds what fits the GPU.
         num_workers: processes that decode.
-        share: (rank, world size) of this process, where its Trainer knows of no other; None leaves the sharing to
-            Lightning, which gives each batch to one rank.
+        share: (share, shares) of this process, where its Trainer knows of no other; None asks `share_of_rank`.
     """
 
     def __init__(
@@ -69,6 +68,7 @@ class ClipDataModule(L.LightningDataModule):
         self.batches: list[list[int]] | None = None
         self.clips_of_this_rank: int | None = None
         self._processor: ClipProcessor | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # the last batches may be fewer than the ranks
 
     def prepare_data(self) -> None:
         """Hash the files on one rank of each node; the others find the hashes remembered."""
@@ -123,13 +123,12 @@ class ClipDataModule(L.LightningDataModule):
         if self.batches is None:
             self.plan(trainer, cast("HeadExtraction", trainer.lightning_module))
         assert self.batches is not None
-        share, shares = self.share or (0, 1)
+        share, shares = self.share or share_of_rank(trainer, self.backbone)
         batches = ClipBatches(
             self.clips, self.keys, self.wanted, self.batches[share::shares], self.backbone, self.stamps
         )
-        _, ranks = share_of_rank(trainer, self.backbone)
-        self.clips_of_this_rank = sum(map(len, batches.batches)) // ranks
-        return stream_loader(batches, self.num_workers, on_gpu(trainer), self.backbone.tensor_parallel)
+        self.clips_of_this_rank = sum(map(len, batches.batches))
+        return stream_loader(batches, self.num_workers, on_gpu(trainer))
 
 
 class ShardDataModule(L.LightningDataModule):
