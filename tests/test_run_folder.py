@@ -72,7 +72,8 @@ def test_clips_that_were_learned_from_are_not_tested(finished, tones, tmp_path):
     for place in ("moved", "mixed"):
         shutil.copytree(tones, tmp_path / place)
     learned = next((tmp_path / "mixed" / "train" / "low").iterdir())
-    shutil.copy(learned, tmp_path / "mixed" / "test" / "low" / "9.wav")  # a copy by another name is warned of
+    shutil.copy(learned, tmp_path / "mixed" / "test" / "low")  # of copies it is warned
+    shutil.copy(learned, tmp_path / "mixed" / "test" / "low" / "9.wav")
     calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "moved")
     calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "mixed")
     test, train = (tmp_path / "mixed" / part for part in ("test", "train"))
