@@ -110,7 +110,7 @@ class CalmClassifier:
         self.method.fit(heads_NKD, torch.tensor([index[name] for name in names]), len(classes))
         self.backbone, self.fingerprint, self.dtype = chosen, fingerprint, dtype
         self.classes, self._lalm = classes, lalm
-        self.question = _question_of(clip for clip in map(as_clip, clips))
+        self.question = _question_of(map(as_clip, clips))
         return self
 
     @classmethod
