@@ -39,9 +39,11 @@ def test_a_fit_that_cannot_begin_leaves_what_an_earlier_one_found(finished, tone
 
 
 def test_a_fit_with_other_settings_takes_away_the_checkpoint_too(finished, tones, tiny_lalm):
+    (finished / "on-esc10").mkdir()
     (finished / "checkpoints" / "epoch=3.ckpt").touch()
     calm("fit", *options(tones, tiny_lalm, "--run_dir", finished, *FORMULA, "--data.seed", "1"))
     assert [file.name for file in (finished / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert not (finished / "on-esc10").exists()
 
 
 def test_files_that_no_run_wrote_are_not_replaced(tones, tiny_lalm, tmp_path):
@@ -74,12 +76,15 @@ def test_clips_that_were_learned_from_are_not_tested(finished, tones, tmp_path):
     learned = next((tmp_path / "mixed" / "train" / "low").iterdir())
     shutil.copy(learned, tmp_path / "mixed" / "test" / "low")  # of copies it is warned
     shutil.copy(learned, tmp_path / "mixed" / "test" / "low" / "9.wav")
+    before = (finished / "results.json").read_bytes()
     calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "moved")
+    assert (finished / "results.json").read_bytes() == before and (finished / "on-folder-moved/report.html").is_file()
     calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "mixed")
     test, train = (tmp_path / "mixed" / part for part in ("test", "train"))
     test.rename(tmp_path / "mixed" / "between")
     train.rename(test)
     (tmp_path / "mixed" / "between").rename(train)
+    assert {"on-folder-moved", "on-folder-mixed"} <= {path.name for path in finished.iterdir()}
     with pytest.raises(SystemExit, match=r"of the 12 test clips are support clips of the checkpoint, such as .*test/"):
         calm("test", "--ckpt_path", finished, "--data.recipe.init_args.data_dir", tmp_path / "mixed")
 

@@ -24,7 +24,14 @@ from calm_pl.training.logging import LogRun
 from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
 from calm_pl.training.progress import RunProgress
 from calm_pl.training.results import print_table
-from calm_pl.training.run_folder import CHECKPOINTS, PREDICTIONS_FILE, RunFolder, SaveRunConfig, check_run_folder
+from calm_pl.training.run_folder import (
+    CHECKPOINTS,
+    ON_OTHER_DATA,
+    PREDICTIONS_FILE,
+    RunFolder,
+    SaveRunConfig,
+    check_run_folder,
+)
 from calm_pl.training.trainer import CalmTrainer
 
 LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
@@ -202,9 +209,9 @@ def dataset_name(class_path: str, data_dir: str | None) -> str:
 def checkpoint_arguments(arguments: list[str]) -> list[str]:
     """Put the configuration kept in ``--ckpt_path`` before the other arguments, which may change it.
 
-    So ``calm test --ckpt_path RUN`` needs nothing else; results go to the run that the checkpoint is of. A run folder
-    stands for its last checkpoint. Arguments are returned as they are where there is no checkpoint, or where a
-    ``--config`` is given.
+    So ``calm test --ckpt_path RUN`` needs nothing else; results go to the run that the checkpoint is of, those of
+    another data set into a folder in it. A run folder stands for its last checkpoint. Arguments are returned as they
+    are where there is no checkpoint, or where a ``--config`` is given.
 
     Raises:
         ValueError: no checkpoint of `calm fit`, or a damaged one.
@@ -238,13 +245,31 @@ def checkpoint_arguments(arguments: list[str]) -> list[str]:
     for name in ("ckpt_path", "test_after_fit"):
         config.pop(name, None)
     folder = file.resolve().parent
-    config["run_dir"] = str(folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder / file.stem)
+    run = folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder / file.stem
+    other = _other_data(arguments, config["data"]["recipe"])
+    config["run_dir"] = str(run / f"{ON_OTHER_DATA}{other}" if other else run)
     # A file, and not a value, because further processes of a DDP run parse the same arguments again.
     descriptor, scratch = tempfile.mkstemp(prefix="calm-", suffix=".yaml")
     with os.fdopen(descriptor, "w") as handle:
         yaml.safe_dump(config, handle, sort_keys=False)
     atexit.register(os.unlink, scratch)
     return [arguments[0], "--config", scratch, *arguments[1:]]
+
+
+def _other_data(arguments: list[str], recipe: dict[str, Any]) -> str | None:
+    """The name of the data set that the arguments ask for, where it is not that of the recipe."""
+    options: dict[str, str] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        options[option] = value if equals else following
+    named = recipe
+    if "--data" in options:
+        named = (yaml.safe_load(Path(options["--data"]).read_text()) or {}).get("recipe") or recipe
+    names = [
+        dataset_name(one["class_path"], data_dir or (one.get("init_args") or {}).get("data_dir"))
+        for one, data_dir in ((recipe, None), (named, options.get("--data.recipe.init_args.data_dir")))
+    ]
+    return names[1] if names[1] != names[0] else None
 
 
 def _apart(argument: str) -> list[str]:

@@ -15,6 +15,7 @@ from calm_pl.training.results import write_json, write_predictions, write_text
 
 PREDICTIONS_FILE = "predictions.csv"
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+ON_OTHER_DATA = "on-"  # and the name of a data set: what the classifier of a run was found to do on it
 # What a fit and its test leave, besides the configuration.
 FOUND = (
     "choices.json", "classifier", "results.json", "heads.json", PREDICTIONS_FILE, "report.html", "plots", CHECKPOINTS,
@@ -87,6 +88,7 @@ def remove_findings(folder: Path, but: str | Path | None = None) -> None:
     """
     resumed = but is not None and Path(but).absolute().is_relative_to(folder.absolute())
     old = [folder / name for name in FOUND if (folder / name).exists() and not (resumed and name == CHECKPOINTS)]
+    old += sorted(folder.glob(f"{ON_OTHER_DATA}*"))
     if old:
         say(f"{folder}: its settings change, so what was found with the old ones goes")
     for path in old:
