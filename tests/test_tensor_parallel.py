@@ -26,7 +26,7 @@ from calm_pl.data.recipes import Folder, Recipe, Shards
 from calm_pl.data.shards import write_shards
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
-from calm_pl.training.extraction import StoreWriter
+from calm_pl.training.extraction import HeadExtraction, StoreWriter
 from calm_pl.training.module import CalmModule
 from calm_pl.training.run_folder import RunFolder
 from calm_pl.training.trainer import CalmTrainer
@@ -97,7 +97,9 @@ def test_one_process_has_the_model_whole(tiny_lalm, tones):
     clips = read_manifest(tones)[:2]
     alone = FrozenLALM.from_pretrained(tiny_lalm, tensor_parallel=True).head_outputs(clips)
     assert torch.equal(alone, FrozenLALM.from_pretrained(tiny_lalm).head_outputs(clips))
-    assert Backbone(tiny_lalm, tensor_parallel=True).store_key() == Backbone(tiny_lalm).store_key()
+    backbone = Backbone(tiny_lalm, tensor_parallel=True)
+    assert backbone.store_key() == Backbone(tiny_lalm).store_key()
+    assert HeadExtraction(backbone).keeps and not HeadExtraction(backbone).together
 
 
 def test_options_that_do_not_go_together_are_named(tiny_lalm):
@@ -181,3 +183,16 @@ def test_a_run_on_two_processes_keeps_every_clip_once(together, tones, tiny_lalm
         for method, figures in one["methods"].items():
             assert figures["accuracy"] == two["methods"][method]["accuracy"]
             assert figures["nll"] == pytest.approx(two["methods"][method]["nll"], abs=1e-3)
+
+
+def fit_with_a_device_map(files: Path, model: str, folder: Path) -> None:
+    data = AudioEpisodeDataModule(
+        Folder(str(files)), Backbone(model, device_map="auto"), shots=2, num_workers=0, store=str(folder / "heads")
+    )
+    trainer = CalmTrainer(**QUIET, devices=2, strategy="ddp", default_root_dir=folder)
+    with pytest.raises(BackboneError, match="device_map=auto .* 2 run here: .* tensor_parallel in place of device_map"):
+        trainer.fit(CalmModule({"sav": SAV()}, "sav"), datamodule=data)
+
+
+def test_a_device_map_is_refused_to_several_processes_of_a_fit_too(tones, tiny_lalm, tmp_path):
+    in_two_ranks(fit_with_a_device_map, tones, tiny_lalm, tmp_path)

@@ -20,7 +20,7 @@ from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.precision import weights_dtype
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
-from calm_pl.backbone.tensor_parallel import is_first_process
+from calm_pl.backbone.tensor_parallel import is_first_process, processes
 from calm_pl.clip import Clip
 from calm_pl.data.stream import DEFAULT_BATCH_SIZE, BatchSize, ClipBatch, on_gpu, share_of_rank
 from calm_pl.headstore import HeadStore
@@ -59,19 +59,25 @@ class HeadExtraction(L.LightningModule):
     def lalm(self) -> FrozenLALM:
         """The loaded backbone, on this rank's device, in the dtype that the Trainer's precision asks for."""
         if self._lalm is None:
-            if self.backbone.device_map is not None and self.trainer.world_size > 1:
+            # Not of the Trainer: the ranks of a fit extract with one each, of its own.
+            if self.backbone.device_map is not None and processes() > 1:
                 raise BackboneError(
                     f"device_map={self.backbone.device_map} spreads a model over the GPUs of one process, and "
-                    f"{self.trainer.world_size} run here: use --trainer gpu, or tensor_parallel in place of device_map."
+                    f"{processes()} run here: use --trainer gpu, or tensor_parallel in place of device_map."
                 )
             device = self.trainer.strategy.root_device
             self._lalm = self.backbone.load(weights_dtype(self.trainer.precision), str(device))
         return self._lalm
 
     @property
+    def together(self) -> bool:
+        """Whether several ranks hold one model together."""
+        return self.backbone.tensor_parallel and processes() > 1
+
+    @property
     def keeps(self) -> bool:
         """Whether what this rank reads is to be kept: of ranks that hold one model together, the first one's is."""
-        return is_first_process() or not self.backbone.tensor_parallel
+        return is_first_process() or not self.together
 
     def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
         return batch  # FrozenLALM.forward moves what it needs, in the dtype it needs
@@ -90,7 +96,7 @@ class HeadExtraction(L.LightningModule):
         Raises:
             BackboneError: memory does not suffice for a single clip.
         """
-        if self.backbone.tensor_parallel:
+        if self.together:
             return self.vectors(inputs)
         return run_in_halves(self.vectors, inputs, self._tell_halved)
 
@@ -115,7 +121,7 @@ class HeadExtraction(L.LightningModule):
         Ranks that hold one model together find none: where memory ended for one of them, the others would wait for it.
         """
         trainer, size = self.trainer, DEFAULT_BATCH_SIZE
-        if self.backbone.tensor_parallel:
+        if self.together:
             if trainer.is_global_zero:
                 say(f"batch size: {size}; with tensor_parallel, auto finds none")
             return size
