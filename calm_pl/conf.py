@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ GROUPS = {"--data": "data", "--model": "model", "--trainer": "trainer", "--backb
 def config_names(group: str) -> list[str]:
     """Names of the files in one folder of ``conf/``, such as ``data`` or ``backbone``."""
     return sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+
+
+def given_options(arguments: Sequence[str]) -> dict[str, str]:
+    """Options of a command line with what is given for them, in their last place: ``--a b`` or ``--a=b``."""
+    options = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        options[option] = value if equals else following
+    return options
 
 
 def find_config(group: str, name: str) -> Path | None:

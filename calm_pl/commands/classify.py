@@ -17,15 +17,17 @@ def main(argv: list[str]) -> int:
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.classifier import CalmClassifier
     from calm_pl.clip import absolute_path
+    from calm_pl.data.unlabelled import audio_files
 
     if options.batch_size < 1:
         sys.exit(f"calm: error: --batch-size {options.batch_size}: at least 1 clip a batch")
-    found = [(path, _audio_files(path, EXTENSIONS)) for path in options.files]
-    files = [file for _, inside in found for file in inside if is_utf8(file)]
-    unusable = 0
-    for file in (file for _, inside in found for file in inside if not is_utf8(file)):
-        unusable += 1
-        print(f"calm: {os.fsencode(file).decode(errors='backslashreplace')}: {NOT_UTF8}", file=sys.stderr)
+    found = [(path, audio_files(path) if path.is_dir() else [path]) for path in options.files]
+    named = [file for _, inside in found for file in inside]
+    files = [file for file in named if is_utf8(file)]
+    unusable = len(named) - len(files)
+    for file in named:
+        if not is_utf8(file):
+            print(f"calm: {os.fsencode(file).decode(errors='backslashreplace')}: {NOT_UTF8}", file=sys.stderr)
     empty = [path for path, inside in found if not inside]
     for path in empty:
         print(f"calm: {path}: no audio file in this folder; looked for {', '.join(EXTENSIONS)}", file=sys.stderr)
@@ -60,16 +62,6 @@ def main(argv: list[str]) -> int:
             sys.stdout.flush()
             break
     return 1 if unusable or empty else 0
-
-
-def _audio_files(path: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """A file as given; a folder stands for the audio files in it, at any depth, but hidden ones."""
-    if not path.is_dir():
-        return [path]
-    return sorted(
-        file for file in path.rglob("*")
-        if file.suffix.lower() in extensions and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:

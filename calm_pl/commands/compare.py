@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from calm_pl.commands.lightning import expand_names, hush, shipped_defaults
-from calm_pl.conf import CONF_DIR, names_help
+from calm_pl.conf import CONF_DIR, given_options, names_help
 
 # What `calm fit` calls otherwise.
 NAMES = {
@@ -18,7 +18,7 @@ NAMES = {
 
 def main(argv: list[str]) -> int:
     """Parse, extract what is missing, fit everything, tell the result."""
-    for option in (argument.partition("=")[0] for argument in argv):
+    for option in given_options(argv):
         if option in NAMES:
             sys.exit(f"calm: error: {option} is called {NAMES[option]} here")
     refuse_zero_shot(argv)
@@ -73,11 +73,8 @@ def refuse_zero_shot(argv: list[str]) -> None:
 
     Models say ``zero_shot: true`` for `calm fit` unless told otherwise, so what is parsed does not tell who wants it.
     """
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
-        if option == "--model.zero_shot_by" or (
-            option == "--model.zero_shot" and (value if equals else following).lower() != "false"
-        ):
+    for option, value in given_options(argv).items():
+        if option == "--model.zero_shot_by" or (option == "--model.zero_shot" and value.lower() != "false"):
             sys.exit(
                 f"calm: error: {option} does not count here: nothing is asked in words. `calm fit` takes it, "
                 "and so does a sweep over shots and seeds: calm sweep shots --model.zero_shot true"

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_pl.conf import CONF_DIR, GROUPS, config_names, find_config
+from calm_pl.conf import CONF_DIR, GROUPS, config_names, find_config, given_options
 
 if TYPE_CHECKING:
     from calm_pl.training.cli import CalmCLI
@@ -35,7 +35,7 @@ LOST_WORKER = (
 
 def main(argv: list[str]) -> int:
     """Parse, run, and turn the errors a user can mend into one line and exit code 1."""
-    for option in (argument.partition("=")[0] for argument in argv):
+    for option in given_options(argv):
         if option in PLACES:
             sys.exit(f"calm: error: {option} is called {PLACES[option]} here")
     arguments = expand_names(argv)

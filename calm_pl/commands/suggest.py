@@ -79,10 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--by", choices=("margin", "entropy", "coverage"), help="default: margin; without --run coverage"
     )
     parser.add_argument("--count", type=int, default=20, help="how many clips (default: 20)")
-    parser.add_argument(
-        "--labelled",
-        help="manifest or folder of clips that have a label already: never suggested",
-    )
+    parser.add_argument("--labelled", help="manifest or folder of clips that have a label already: never suggested")
     parser.add_argument("--out", type=Path, default=Path("to-label.csv"), help="the manifest (default: to-label.csv)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips in one pass (default: 8)")
     return parser

@@ -22,16 +22,21 @@ def unlabelled_clips(source: str | os.PathLike[str]) -> list[Clip]:
     path = Path(absolute_path(Path(source).expanduser()))
     if not path.is_dir():
         return [replace(clip, label=None, confidence=None) for clip in read_manifest(path)]
-    files = sorted(
-        file for file in path.rglob("*")
-        if file.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )  # fmt: skip
+    files = audio_files(path)
     if not files:
         raise ValueError(f"{path}: no audio files in it or below it ({', '.join(EXTENSIONS)})")
     for file in files:
         if not is_utf8(file):
             raise ManifestError(f"{os.fsencode(file)!r}: {NOT_UTF8}")
     return [Clip(str(file)) for file in files]
+
+
+def audio_files(folder: Path) -> list[Path]:
+    """The audio files of a folder, at any depth, but hidden ones; in a fixed order."""
+    return sorted(
+        file for file in folder.rglob("*")
+        if file.suffix.lower() in EXTENSIONS and not any(part[0] == "." for part in file.relative_to(folder).parts)
+    )  # fmt: skip
 
 
 def labelled_clips(source: str | os.PathLike[str]) -> list[Clip]:

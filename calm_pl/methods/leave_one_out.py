@@ -130,8 +130,9 @@ class LeaveOneOut:
     def _without_their_other_rows(
         self, cosines_NKC: Tensor, clips: Tensor, prototypes_KCD: Tensor, shrinkage: float | str | Tensor | None
     ) -> Tensor:
-        rows, classes = (self.row_NC[clips] >= 0).nonzero(as_tuple=True)
-        others = self.row_NC[clips][rows, classes]
+        row_NC = self.row_NC[clips]
+        rows, classes = (row_NC >= 0).nonzero(as_tuple=True)
+        others = row_NC[rows, classes]
         if not len(others):
             return cosines_NKC
         for part in chunks(len(others), default_chunk_size(*prototypes_KCD.shape[:2])):

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from calm_pl.conf import CONF_DIR, names_help
+from calm_pl.conf import CONF_DIR, given_options, names_help
 from calm_pl.data.datamodule import AudioEpisodeDataModule, default_run_dir
 from calm_pl.training.folds import folds_of, run_folds
 from calm_pl.training.logging import LogRun
@@ -258,11 +258,7 @@ def checkpoint_arguments(arguments: list[str]) -> list[str]:
 
 def _other_data(arguments: list[str], recipe: dict[str, Any]) -> str | None:
     """The name of the data set that the arguments ask for, where it is not that of the recipe."""
-    options: dict[str, str] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
-        options[option] = value if equals else following
-    named = recipe
+    options, named = given_options(arguments), recipe
     if "--data" in options:
         named = (yaml.safe_load(Path(options["--data"]).read_text()) or {}).get("recipe") or recipe
     names = [
