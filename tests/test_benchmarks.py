@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks import extraction, fit, vote
+from benchmarks import extraction, fit, precision, vote
+from tests.miniatures import esc50
 
 
 def test_extraction(tmp_path, monkeypatch, capsys):
@@ -34,3 +35,15 @@ def test_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit", "--sizes", "small", "--methods", "calm"])
     fit.main()
     assert json.loads((tmp_path / "fit.json").read_text())["small"]["calm"]["seconds"] > 0
+
+
+def test_precision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "RESULTS", tmp_path)
+    options = "--backbones random-qwen2-audio --shots 2 --draws 1 --esc10"
+    monkeypatch.setattr(sys, "argv", ["precision", *options.split(), str(esc50(tmp_path / "esc10"))])
+    precision.main()
+    found = json.loads((tmp_path / "precision.json").read_text())["random-qwen2-audio"]["precisions"]
+    mean = {name: figures["cosine"]["mean"] for name, figures in found.items()}
+    assert mean["32-true"] > mean["bf16 weights, 32-true"] > mean["bf16-true"] > 0.999
+    assert all(found["32-true"]["methods"][name]["support_too"] == 1 for name in precision.METHODS)
+    assert "bf16 weights, 32-true" in capsys.readouterr().out
