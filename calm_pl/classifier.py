@@ -56,6 +56,7 @@ class CalmClassifier:
             :meth:`predict_proba`.
         backbone: which model's heads it reads.
         question: what clips are asked that bring no question of their own; None is the usual question.
+        labels_per_clip: how many labels a clip that it learned from had on average.
 
     Raises:
         ValueError: there is no such device here.
@@ -67,6 +68,7 @@ class CalmClassifier:
         self.classes: list[str] = []
         self.backbone: Backbone | None = None
         self.question: str | None = None
+        self.labels_per_clip = 1.0
         self.fingerprint: dict[str, str] = {}
         self.dtype = "float32"
         self._lalm: FrozenLALM | None = None
@@ -74,7 +76,7 @@ class CalmClassifier:
     def fit(
         self,
         files: Iterable[ClipLike],
-        labels: Iterable[str] | Iterable[int] | Tensor,
+        labels: Iterable[str] | Iterable[int] | Iterable[Sequence[str]] | Tensor,
         backbone: str | Backbone = "calm-tiny",
         dtype: str = "float32",
         batch_size: int = 8,
@@ -83,7 +85,8 @@ class CalmClassifier:
 
         Args:
             files: paths or Clips; a question that all Clips share is asked of clips in use, too.
-            labels: class name of each: all text, or all whole numbers; a list, an array or a tensor.
+            labels: class name of each: all text, or all whole numbers; a list, an array or a tensor. A clip with
+                several has a list of text, and is an example of each.
             backbone: a shipped name, a folder, a hub id, or a Backbone.
             dtype: of the frozen weights: ``float32``, ``bfloat16`` or ``float16``.
             batch_size: clips in one pass of the backbone.
@@ -94,9 +97,12 @@ class CalmClassifier:
             AudioError: a clip that cannot be used, named.
             BackboneError: the backbone cannot be loaded.
         """
-        clips, names = _several(files), _plain(labels)
-        if len(clips) != len(names):
-            raise ValueError(f"{len(clips)} files and {len(names)} labels: each clip needs one label.")
+        clips, names_of = _several(files), _plain(labels)
+        if len(clips) != len(names_of):
+            raise ValueError(
+                f"{len(clips)} files and {len(names_of)} labels: each clip needs one label, or one list of them."
+            )
+        names = [name for several in names_of for name in several]
         classes = sorted(set(names))
         if len(classes) < 2:
             known = ", ".join(map(str, classes))
@@ -106,11 +112,13 @@ class CalmClassifier:
         self._lalm = None  # two models may not fit into memory, and an older one can be loaded again
         lalm = chosen.load(dtype, self.device)
         index = {name: i for i, name in enumerate(classes)}
-        heads_NKD = lalm.head_outputs(clips, batch_size=batch_size)
+        counts_N = torch.tensor([len(several) for several in names_of])
+        heads_NKD = lalm.head_outputs(clips, batch_size=batch_size).repeat_interleave(counts_N, 0)  # a row a label
         self.method.fit(heads_NKD, torch.tensor([index[name] for name in names]), len(classes))
         self.backbone, self.fingerprint, self.dtype = chosen, fingerprint, dtype
         self.classes, self._lalm = classes, lalm
         self.question = _question_of(map(as_clip, clips))
+        self.labels_per_clip = len(names) / len(clips)
         return self
 
     @classmethod
@@ -124,6 +132,7 @@ class CalmClassifier:
         classifier.fingerprint = _fingerprint(backbone)
         classifier.dtype = dtype
         classifier.question = _question_of(clips)
+        classifier.labels_per_clip = sum(len(clip.labels) for clip in clips) / len(clips) if clips else 1.0
         return classifier
 
     @property
@@ -155,6 +164,33 @@ class CalmClassifier:
     def predict(self, files: Iterable[ClipLike], batch_size: int = 8) -> list[str]:
         """The most probable class of each clip. Raises as :meth:`predict_proba`."""
         return [self.classes[i] for i in self.predict_proba(files, batch_size).argmax(1).tolist()]
+
+    def predict_top(
+        self, files: Iterable[ClipLike], n: int | None = None, batch_size: int = 8
+    ) -> list[list[tuple[str, float]]]:
+        """The most probable classes of each clip with their probabilities, the most probable first.
+
+        How many: see :meth:`top`. Raises as it and as :meth:`predict_proba`.
+        """
+        count = self.top(n)
+        probabilities_NC = self.predict_proba(files, batch_size)
+        order_NC = probabilities_NC.argsort(dim=1, descending=True, stable=True)  # of ties the earlier class
+        return [
+            [(self.classes[c], float(probabilities_C[c])) for c in order_C[:count].tolist()]
+            for probabilities_C, order_C in zip(probabilities_NC, order_NC, strict=True)
+        ]
+
+    def top(self, n: int | None = None) -> int:
+        """How many classes :meth:`predict_top` tells of a clip: n; by default `labels_per_clip`, rounded.
+
+        Raises:
+            ValueError: n is below 1, or more than there are classes.
+        """
+        self._fitted()
+        count = round(self.labels_per_clip) if n is None else n
+        if not 1 <= count <= len(self.classes):
+            raise ValueError(f"top {count}: of each clip, 1 to {len(self.classes)} classes can be told.")
+        return count
 
     def threshold(self, coverage: float) -> float:
         """The confidence that this share of the support clips reached when they were left out.
@@ -197,6 +233,7 @@ class CalmClassifier:
             "backbone": asdict(backbone),
             "backbone_files": self.fingerprint,
             "question": self.question,
+            "labels_per_clip": self.labels_per_clip,
             "dtype": self.dtype,
             "choices": self.method.choices(),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -248,7 +285,11 @@ class CalmClassifier:
             whitened = config.get("whitened")
             method = Whitened(_method_class(whitened)()) if whitened else _method_class(config["method"])()
             classes, dtype, fingerprint = list(config["classes"]), config["dtype"], dict(config["backbone_files"])
-            fitted_on, question = Backbone(**config["backbone"]), config.get("question")  # older ones have none
+            # Older classifiers have neither question nor number of labels.
+            fitted_on, question = Backbone(**config["backbone"]), config.get("question")
+            labels_per_clip = float(config.get("labels_per_clip", 1))
+            if not 1 <= labels_per_clip <= len(classes):
+                raise ValueError(f"labels_per_clip is {labels_per_clip}, of {len(classes)} classes")
         with _named_if_damaged(folder / WEIGHTS_FILE):
             weights = (folder / WEIGHTS_FILE).read_bytes()
             state = load(weights)
@@ -259,7 +300,7 @@ class CalmClassifier:
             method.load_state_dict(state)
         classifier = cls(method, device)
         classifier.classes, classifier.dtype, classifier.fingerprint = classes, dtype, fingerprint
-        classifier.question = question
+        classifier.question, classifier.labels_per_clip = question, labels_per_clip
         moved = fitted_on
         if backbone is not None:
             given = backbone if isinstance(backbone, Backbone) else named_backbone(backbone)
@@ -301,17 +342,28 @@ def _several(files: Iterable[ClipLike]) -> list[ClipLike]:
     return list(files)
 
 
-def _plain(labels: Iterable[Any]) -> list[Any]:
-    """Class names as plain str or int, as JSON keeps them, of whatever arrays, tensors and numpy values hold them."""
+def _plain(labels: Iterable[Any]) -> list[list[Any]]:
+    """Each clip's class names as plain str or int, as JSON keeps them, of whatever arrays, tensors and numpy values
+    hold them; each once."""
     if isinstance(labels, (str, bytes)):
         raise ValueError(f"labels is one text ({labels!r}): give a list with one label a clip.")
-    names = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-    for i, name in enumerate(names):
-        if type(name) not in (str, int, bool) or type(name) is not type(names[0]) or name == "":
+    given = [_bare(label) for label in labels]
+    names_of = [[_bare(name) for name in one] if isinstance(one, (list, tuple)) else [one] for one in given]
+    # Whole numbers in a row may be one 0 or 1 a class, and are not guessed at.
+    kinds = (str,) if any(isinstance(one, (list, tuple)) for one in given) else (str, int, bool)
+    for i, names in enumerate(names_of):
+        if not names or any(
+            type(name) not in kinds or type(name) is not type(names_of[0][0]) or name == "" for name in names
+        ):
             raise ValueError(
-                f"labels[{i}] is {name!r}: give names that are all text, none empty, or all whole numbers."
+                f"labels[{i}] is {given[i]!r}: give names that are all text, none empty, or all whole numbers; several "
+                "labels of a clip as a list of text."
             )
-    return names
+    return [list(dict.fromkeys(names)) for names in names_of]
+
+
+def _bare(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _question_of(clips: Iterable[Clip]) -> str | None:

@@ -133,6 +133,75 @@ def test_a_base_that_cannot_be_one_is_refused(classifier, tmp_path):
         LearnedWeights(base=[str(tmp_path)]).fit(heads_NKD, labels_N, 2)
 
 
+@pytest.fixture(scope="module")
+def several(labelled, tiny_lalm) -> CalmClassifier:
+    """A classifier of clips with two labels each, but for one with one."""
+    pitches = [name if n == 0 else (name, "shrill" if name == "high" else "dull") for n, name in enumerate(labelled[1])]
+    return CalmClassifier(SAV(num_heads=5)).fit(labelled[0], pitches, backbone=tiny_lalm)
+
+
+def test_a_clip_with_several_labels_is_an_example_of_each(several, labelled, tiny_lalm, tmp_path):
+    assert several.classes == ["dull", "high", "low", "middle", "shrill"]
+    rows = [0, *(n for n in range(1, 12) for _ in range(2))]
+    names = ["high", *(name for pitch in labelled[1][1:] for name in (pitch, "shrill" if pitch == "high" else "dull"))]
+    alone = CalmClassifier(SAV(num_heads=5)).fit([labelled[0][n] for n in rows], names, backbone=tiny_lalm)
+    torch.testing.assert_close(several.predict_proba(labelled[0]), alone.predict_proba(labelled[0]))
+    several.save_pretrained(tmp_path)
+    assert CalmClassifier.from_pretrained(tmp_path).labels_per_clip == several.labels_per_clip == 23 / 12
+
+
+def test_the_most_probable_classes_of_a_clip_come_first(several, classifier, labelled):
+    files = labelled[0][:3]
+    probabilities_NC = several.predict_proba(files)
+    for n, count in ((None, 2), (1, 1), (5, 5)):  # 23 / 12, rounded
+        found = several.predict_top(files, n)
+        assert [len(classes) for classes in found] == [count] * 3
+        assert [[sure for _, sure in classes] for classes in found] == probabilities_NC.topk(count).values.tolist()
+        for probabilities_C, classes in zip(probabilities_NC, found, strict=True):
+            assert all(probabilities_C[several.classes.index(name)] == sure for name, sure in classes)
+    assert [[name for name, _ in classes] for classes in several.predict_top(files, 1)] == [
+        [name] for name in several.predict(files)
+    ]
+    assert [len(classes) for classes in classifier.predict_top(files)] == [1, 1, 1]
+    for n in (0, 6):
+        with pytest.raises(ValueError, match=f"top {n}: of each clip, 1 to 5 classes can be told"):
+            several.predict_top(files, n)
+
+
+def test_classify_prints_a_line_for_each_class_of_a_clip(several, labelled, tmp_path, capsys, monkeypatch):
+    several.save_pretrained(tmp_path)
+    files = [str(file) for file in labelled[0][:2]]
+    for arguments, count in (((), 2), (("--top", "3"), 3)):
+        assert main(["classify", str(tmp_path), *arguments, *files]) == 0
+        told = zip(files, several.predict_top(files, count), strict=True)
+        lines = [f"{file},{name},{sure:.4f}" for file, classes in told for name, sure in classes]
+        assert capsys.readouterr().out.splitlines() == ["path,prediction,confidence", *lines]
+    for n in ("0", "6"):
+        with pytest.raises(SystemExit, match=f"calm: error: top {n}: of each clip, 1 to 5 classes"):
+            main(["classify", str(tmp_path), "--top", n, *files])
+    monkeypatch.setattr(CalmClassifier, "threshold", lambda self, coverage: 2.0)
+    assert main(["classify", str(tmp_path), "--coverage", "0.9", *files]) == 0
+    unknown = [
+        f"{file},unknown,{sure:.4f}" for file, ((_, sure),) in zip(files, several.predict_top(files, 1), strict=True)
+    ]
+    assert capsys.readouterr().out.splitlines()[1:] == unknown
+
+
+def test_classify_of_one_label_a_clip_prints_a_line_a_clip(classifier, labelled, tmp_path, capsysbinary):
+    classifier.save_pretrained(tmp_path)
+    edited(lambda config: config.pop("labels_per_clip"))(tmp_path)  # as older ones were saved
+    files = [str(file) for file in labelled[0]]
+    assert main(["classify", str(tmp_path), *files]) == 0
+    best = classifier.predict_proba(files).max(1)
+    lines = [
+        f"{file},{classifier.classes[c]},{confidence:.4f}"
+        for file, c, confidence in zip(files, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    assert capsysbinary.readouterr().out.decode() == "".join(
+        f"{line}\r\n" for line in ("path,prediction,confidence", *lines)
+    )
+
+
 def test_a_coverage_has_a_confidence_below_which_a_clip_is_unknown(classifier, labelled, tmp_path, capsys):
     assert classifier.threshold(0.5) >= classifier.threshold(0.9) >= classifier.threshold(1.0)
     with pytest.raises(ValueError, match=r"coverage=0\.42.*0\.95"):
@@ -185,6 +254,10 @@ def test_a_backbone_changed_since_fitting_is_noticed(labelled, tiny_lalm, tmp_pa
         (["a.wav", "b.wav"], ["x", 1], r"labels\[1\] is 1"),
         (["a.wav", "b.wav"], [1, float("nan")], r"labels\[1\] is nan"),
         (["a.wav", "b.wav"], np.array([[0, 1], [1, 0]]), r"labels\[0\] is \[0, 1\]"),
+        (["a.wav", "b.wav"], [["x", "y"], []], r"labels\[1\] is \[\]"),
+        (["a.wav", "b.wav"], [["x", "y"], ["x", ""]], r"labels\[1\] is \['x', ''\]"),
+        (["a.wav", "b.wav"], [["x", ["y"]], ["x"]], r"labels\[0\] is \['x', \['y'\]\]"),
+        (["a.wav", "b.wav"], [1, ["x"]], r"labels\[0\] is 1"),
     ],
 )
 def test_fit_refuses_what_makes_no_sense(files, labels, message):
@@ -253,6 +326,7 @@ def with_other_weights(folder):
         (edited(lambda config: config.update(method="calm_pl.nothing.Here")), r"classifier\.json: damaged"),
         (edited(lambda config: config.update(method=3)), r"classifier\.json: damaged"),
         (edited(lambda config: config.update(method="os.path.join")), r"classifier\.json: .*no method of calm_pl"),
+        (edited(lambda config: config.update(labels_per_clip=4)), r"classifier\.json: .*labels_per_clip is 4\.0, of 3"),
         (edited(lambda config: config["classes"].pop()), "is for 3 classes, classifier.json names 2"),
     ],
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Print ``path,prediction,confidence`` of every file; exit code 1 if one, or a folder, could not be used."""
+    """Print ``path,prediction,confidence``, a line for each class told of a file; exit code 1 if a file, or a folder,
+    could not be used."""
     options = _parser().parse_args(argv)
     from calm_pl.audio import EXTENSIONS, NOT_UTF8, AudioError, is_utf8
     from calm_pl.backbone.errors import BackboneError
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         classifier = CalmClassifier.from_pretrained(
             options.classifier, options.backbone, options.device, options.adapter
         )
+        top = classifier.top(options.top)
         threshold = 0.0 if options.coverage is None else classifier.threshold(options.coverage)
         classifier.lalm  # noqa: B018  # loaded here, so that a wrong backbone is told before any file
     except (BackboneError, FileNotFoundError, ValueError) as error:
@@ -50,15 +52,16 @@ def main(argv: list[str]) -> int:
                 with warnings.catch_warnings():
                     if batch is not whole:  # tried again: clips that are cut have been told
                         warnings.filterwarnings("ignore", message=".* longer than the model's window")
-                    confidence_N, prediction_N = classifier.predict_proba(batch, options.batch_size).max(1)
+                    told = classifier.predict_top(batch, top, options.batch_size)
             except AudioError as error:  # tell it, and go on without it
                 unusable += 1
                 print(f"calm: {error}", file=sys.stderr)
                 batch = [file for file in batch if absolute_path(file) != error.path]
                 continue
-            for file, prediction, confidence in zip(batch, prediction_N.tolist(), confidence_N.tolist(), strict=True):
-                name = classifier.classes[prediction] if confidence >= threshold else "unknown"
-                writer.writerow([file, name, f"{confidence:.4f}"])
+            for file, classes in zip(batch, told, strict=True):
+                sure = classes[0][1] >= threshold
+                for name, confidence in classes if sure else [("unknown", classes[0][1])]:
+                    writer.writerow([file, name, f"{confidence:.4f}"])
             sys.stdout.flush()
             break
     return 1 if unusable or empty else 0
@@ -67,7 +70,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calm classify",
-        description="Classify audio files; prints CSV: path, prediction, confidence.",
+        description="Classify audio files; prints CSV: path, prediction, confidence. Where a clip may have several "
+        "classes, a line for each, the most probable first.",
         epilog="example: calm classify runs/synthetic-calm-tiny-5shot-seed0 recordings/ > predictions.csv",
     )
     parser.add_argument("classifier", help="run folder, folder written by save_pretrained, or hub id")
@@ -75,10 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", help="where the backbone lies here, if not where it lay when fitting")
     parser.add_argument("--adapter", help="the same of its low-rank adapter, where it was fitted with one")
     parser.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="print the N most probable classes of each clip; default: as many labels as the labelled clips had on "
+        "average, rounded, so 1 where each had one",
+    )
+    parser.add_argument(
         "--coverage",
         type=float,
-        help="say 'unknown' below the confidence that this share (0.95, 0.9, 0.8, 0.7, 0.5) of the labelled clips "
-        "reached when they were left out; default: always a class",
+        help="say 'unknown', in one line, where the most probable class is below the confidence that this share (0.95, "
+        "0.9, 0.8, 0.7, 0.5) of the labelled clips reached when they were left out; default: always a class",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, default=8, help="clips in one pass (default: 8)")
