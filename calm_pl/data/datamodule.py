@@ -157,7 +157,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             pool = relabelled(pool, self.pseudo_labels)
         pool = without_repeats(pool)
         support = [pool[i] for i in draw_support(pool, self.shots, self.seed, self.by_confidence)]
-        self.support_right = sum(clip.labels == true[clip.audio, clip.start, clip.end] for clip in support)
+        self.support_right = sum({*clip.labels} <= {*true[clip.audio, clip.start, clip.end]} for clip in support)
         others = self.protocol.asked(unlabelled_clips(self.unlabelled), self.recipe) if self.unlabelled else []
         self.clips, self.parts = [], {}
         for part, clips in zip(PARTS, (support, test, validation, others), strict=True):
@@ -387,7 +387,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         }
 
     def _pseudo_description(self) -> dict[str, Any]:
-        """Where the support labels come from a model: how many of them are right, by the true labels."""
+        """Where the support labels come from a model: of how many clips they are right, all of them true labels."""
         if not self.pseudo_labels:
             return {}
         return {"pseudo_labels": {"right": self.support_right, "of": len(self.parts["support"])}}
