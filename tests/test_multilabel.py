@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multilabel_f1_score
 
-from calm_pl import AudioEpisodeDataModule, Backbone
+from calm_pl import AudioEpisodeDataModule, Backbone, CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest, write_manifest
 from calm_pl.data.recipes import Manifest
 from calm_pl.data.shards import write_shards
+from calm_pl.data.splits import draw_support
 from calm_pl.training.metrics import figures
 from calm_pl.training.multilabel import mean_average_precision_draws, multi_label_figures
-from calm_pl.training.results import columns_of, results_table
+from calm_pl.training.results import columns_of, outcome, results_table
 from tests.conftest import tone
 from tests.test_run import calm
 
@@ -153,10 +155,25 @@ def test_fit_tells_what_several_labels_ask_for(chords, tiny_lalm, tmp_path, caps
     assert sum(exact) / 6 == pytest.approx(results["methods"]["calm_learned"]["exact_match"])
     assert all(len(row["label"].split("|")) == len(row["prediction"].split("|")) for row in rows)
     assert (tmp_path / "report.html").is_file()
+    used(chords, tmp_path, rows, capsys)
     streamed(chords, tmp_path, results)
     with pytest.raises(SystemExit, match="several labels, which compare cannot count"):
         calm("compare", "--data", "manifest", "--data.recipe.init_args.data_dir", chords, "--backbone", tiny_lalm,
              "--out", tmp_path / "compared")  # fmt: skip
+
+
+def used(chords: Path, run: Path, tested: list[dict], capsys) -> None:
+    """Its classifier says as many classes of a clip as support clips have on average, those of the test first."""
+    train = [clip for clip in read_manifest(chords) if clip.split == "train"]
+    support = [train[i] for i in draw_support(train, 2, 0)]
+    average = CalmClassifier.from_pretrained(run).labels_per_clip
+    assert average == sum(len(clip.labels) for clip in support) / len(support) > 1
+    capsys.readouterr()
+    calm("classify", run, *(row["path"] for row in tested))
+    said = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [line["path"] for line in said] == [row["path"] for row in tested for _ in range(round(average))]
+    first = {line["path"]: line["prediction"] for line in reversed(said)}
+    assert [first[row["path"]] for row in tested] == [row["prediction"].split("|")[0] for row in tested]
 
 
 def streamed(chords: Path, run: Path, kept: dict) -> None:
@@ -181,3 +198,15 @@ def test_the_best_map_is_in_bold():
                "methods": {"a": base, "b": {**base, "map": 0.6}}}  # fmt: skip
     assert next(iter(columns_of(results))) == "map"
     assert [row.style for row in results_table(results).rows] == ["", "bold"]
+    assert outcome(results, "b") == "b 60.0 % mAP" and outcome({"methods": {"a": {"accuracy": 0.5}}}, "a") == "a 50.0 %"
+
+
+def test_a_pseudo_label_that_a_clip_has_is_right(chords, tiny_lalm, tmp_path):
+    train = [clip for clip in read_manifest(chords) if clip.split == "train" and len(clip.labels) == 2]
+    given = [replace(clip, label=label) for clip, label in zip(train, ("high", "low", "low"), strict=True)]
+    write_manifest(given, tmp_path / "pseudo.jsonl")
+    data = AudioEpisodeDataModule(
+        Manifest(str(chords)), Backbone(tiny_lalm), shots=None, pseudo_labels=str(tmp_path / "pseudo.jsonl")
+    )
+    data.setup()
+    assert data.support_right == 3

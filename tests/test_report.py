@@ -226,6 +226,20 @@ def test_a_run_of_a_sweep_shows_accuracy_over_shots_until_it_is_run_again(tmp_pa
     assert 'id="shots"' not in write_report(folders[0]).read_text()
 
 
+def test_a_run_of_a_sweep_of_several_labels_shows_map_over_shots(tmp_path):
+    folders = []
+    for shots in (1, 5):
+        content = results(shots, calm=0.1 * shots)
+        for name in ("map", "sample_f1", "exact_match"):
+            content["methods"]["calm"] |= {name: 0.3, f"{name}_interval": [0.2, 0.4]}
+        folders.append(write_run(tmp_path / str(shots), content))
+    comparison = Comparison(folders)
+    comparison.write(tmp_path / "out")
+    comparison.add_curves(tmp_path / "out")
+    page = (folders[0] / "report.html").read_text()
+    assert '<h2 id="shots">mAP over shots</h2>' in page and "belongs to: mAP over labelled clips" in page
+
+
 def test_plots_are_drawn_once_where_nothing_changed(run_folder):
     drawn = {file: file.stat().st_mtime_ns for file in (run_folder / "plots").iterdir()}
     page = (run_folder / "report.html").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from calm_pl.report.comparison import Comparison, Row
+from calm_pl.report.comparison import Comparison, Row, by_method
 
 
 def run_folder(
@@ -76,14 +76,14 @@ def test_random_splits_of_one_seed_are_one_observation(tmp_path):
         for split in range(3)
     ]
     row = only_row(Comparison(folders))
-    assert row.accuracies == pytest.approx([0.6])
+    assert row.values == pytest.approx([0.6])
 
 
 def test_a_run_of_all_folds_stands_for_single_ones(tmp_path):
     whole = of_fold(tmp_path / "all", "all", 0.6, folds={"fold1": {"calm": 0.5}, "fold2": {"calm": 0.7}})
     folders = [whole, of_fold(whole / "fold1", 1, 0.5), of_fold(tmp_path / "other", 1, 0.9, seed=1)]
     row = only_row(Comparison(folders))
-    assert row.accuracies == pytest.approx([0.6, 0.9]) and row.runs == 2
+    assert row.values == pytest.approx([0.6, 0.9]) and row.runs == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_one_folder_by_several_paths_is_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     paths = ["here", str(tmp_path / "here"), f"{tmp_path}/here/", "link"]
     folders = [run_folder(tmp_path / str(n), seed=n, config={name: path}) for n, path in enumerate(paths)]
-    assert len(only_row(Comparison(folders)).accuracies) == 4
+    assert len(only_row(Comparison(folders)).values) == 4
 
 
 def test_settings_are_told_apart_within_a_data_set_alone(tmp_path):
@@ -155,8 +155,36 @@ def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch):
 def test_two_folders_of_one_draw_count_once_and_are_told(tmp_path, capsys):
     first, again, other = (of_fold(tmp_path / str(n), 1 + n // 2, 0.5 + n / 10) for n in range(3))
     comparison = Comparison([first, again, other])
-    assert only_row(comparison).accuracies == pytest.approx([0.6]) and len(comparison.runs) == 2
+    assert only_row(comparison).values == pytest.approx([0.6]) and len(comparison.runs) == 2
     assert f"{again} is left out: {first} is of the same shots, seed and fold" in capsys.readouterr().err
+
+
+def test_runs_of_several_labels_a_clip_are_compared_by_map(tmp_path):
+    """By which their methods are ranked: the one that is better by the most probable class comes second."""
+    methods = {"calm": {"accuracy": 0.9, "map": 0.4}, "sav": {"accuracy": 0.5, "map": 0.6}}
+    folders = [run_folder(tmp_path / str(shots), shots=shots, methods=methods) for shots in (1, 5)]
+    comparison = Comparison(folders)
+    assert [list(by_method(rows)) for rows in comparison.rows.values()] == [["sav", "calm"]]
+    assert [table.caption for table in comparison.tables()] == ["mAP %, mean ± half of its 95 % interval over seeds"]
+    page = comparison.write(tmp_path / "out").read_text()
+    assert "mAP on test clips" in page and "its mAP %" in page and "mAP over labelled clips" in page
+    assert "60.0" in page and "90.0" not in page and "ccuracy" not in page
+    lines = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert {line["method"]: float(line["map"]) for line in lines} == {"calm": 0.4, "sav": 0.6}
+    assert "accuracy" not in lines[0]
+    assert "mAP, %" in (tmp_path / "out" / "plots" / "map-over-shots.svg").read_text()
+
+
+def test_map_and_accuracy_have_columns_of_their_own(tmp_path):
+    one = run_folder(tmp_path / "one", 0.5)
+    several = run_folder(tmp_path / "several", dataset="chords", methods={"calm": {"accuracy": 0.9, "map": 0.4}})
+    Comparison([one]).write(tmp_path / "out")
+    header = "dataset,backbone,protocol,settings,shots,method,runs,seeds,accuracy,low,high"
+    assert (tmp_path / "out" / "comparison.csv").read_text().splitlines()[0] == header
+    page = Comparison([one, several]).write(tmp_path / "out").read_text()
+    assert "accuracy and mAP on test clips" in page and "Accuracy in %" in page and "mAP in %" in page
+    lines = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert [(line["accuracy"], line["map"]) for line in lines] == [("0.5", ""), ("", "0.4")]
 
 
 @pytest.mark.parametrize("length", [1, 300])

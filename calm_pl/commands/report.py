@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calm report",
-        description="Remake the report of a run; or compare runs: a table, a CSV file, and accuracy over shots.",
+        description="Remake the report of a run; or compare runs: a table, a CSV file, and accuracy (of several "
+        "labels a clip: mAP) over shots.",
         epilog="example: calm report runs/esc50-*",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, as `calm fit` leaves it")

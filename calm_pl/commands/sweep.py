@@ -232,9 +232,11 @@ def _run(command: str, point: Point, config: Mapping[str, Any], *more: str) -> N
 
 def _outcome(folder: Path, config: Mapping[str, Any]) -> str:
     """``calm_learned 85.4 %``: the method that the run keeps."""
+    from calm_pl.training.results import outcome
+
     kept = config["model"]["classifier"]
-    figures = json.loads((folder / "results.json").read_text())["methods"].get(kept)
-    return f"{kept} {100 * figures['accuracy']:.1f} %" if figures else "done"
+    results = json.loads((folder / "results.json").read_text())
+    return outcome(results, kept) if results["methods"].get(kept) else "done"
 
 
 def _calm(command: str, point: Point, *more: str) -> None:

@@ -1,4 +1,4 @@
-"""Several runs side by side: means over seeds with intervals, a CSV file, and accuracy over shots."""
+"""Several runs side by side: means over seeds with intervals, a CSV file, and accuracy (or mAP) over shots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from calm_pl.methods.compare import half_width, mean_and_half
 from calm_pl.progress import Task
 from calm_pl.report import plots
-from calm_pl.report.page import CURVE, Plot, inline_svg, render, write_report
+from calm_pl.report.page import Plot, curve_name, inline_svg, render, write_report
 from calm_pl.report.run import Run
 from calm_pl.training.results import write_text
 
@@ -35,19 +35,24 @@ PATHS = (
     "data.recipe.init_args.data_dir", "data.backbone.path", "data.backbone.adapter", "data.unlabelled",
     "data.pseudo_labels",
 )  # fmt: skip
-COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "seeds", "accuracy", "low", "high")
+COLUMNS = ("dataset", "backbone", "protocol", "settings", "shots", "method", "runs", "seeds")
 ALL_FOLDS = "all"
 LONGEST_NAME = 75  # characters, of up to 3 bytes; file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
 class Question:
-    """What runs must have in common to stand in one table. ``settings``: in what else they differ from the others."""
+    """What runs must have in common to stand in one table. ``settings``: in what else they differ from the others.
+
+    ``figure`` ranks their methods, and is called ``title``: mAP where clips have several labels.
+    """
 
     dataset: str
     backbone: str
     protocol: str
     settings: str = ""
+    figure: str = "accuracy"
+    title: str = "accuracy"
 
     def __str__(self) -> str:
         return " · ".join(part for part in (self.dataset, self.backbone, self.protocol, self.settings) if part)
@@ -55,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one shot count: seed -> fold -> accuracy, from 0 to 1.
+    """One method at one shot count: seed -> fold -> the question's figure, from 0 to 1.
 
     One seed's mean over its folds is one observation: folds share most of their training clips, and every one of them
     tests other clips. The fold ALL_FOLDS is the mean of all, and stands for single ones of the same seed.
@@ -71,18 +76,18 @@ class Row:
         return sum(1 if ALL_FOLDS in folds else len(folds) for folds in self.folds_of.values())
 
     @property
-    def accuracies(self) -> list[float]:
+    def values(self) -> list[float]:
         """One for each seed, from 0 to 1."""
         return [folds.get(ALL_FOLDS, statistics.fmean(folds.values())) for folds in self.folds_of.values()]
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
+        return statistics.fmean(self.values)
 
     @property
     def half_width(self) -> float:
         """Half of the 95 % interval of the mean over seeds by Student's t; NaN below 3 seeds."""
-        return half_width(self.accuracies)
+        return half_width(self.values)
 
     def __str__(self) -> str:
         return mean_and_half(self.mean, self.half_width)
@@ -109,17 +114,18 @@ class Comparison:
             alike[run.results["dataset"], run.results["backbone"], run.results["protocol"]].append(run)
         for asked, likely in alike.items():
             for run, settings in zip(likely, _settings(likely), strict=True):
-                self.runs_of[Question(*asked, settings)].append(run)
+                self.runs_of[Question(*asked, settings, *run.leading)].append(run)
         self.runs_of = {question: _draws(theirs) for question, theirs in self.runs_of.items()}
         left = {id(run) for theirs in self.runs_of.values() for run in theirs}
         self.runs = [run for run in runs if id(run) in left]
-        self.rows = {question: _rows(runs) for question, runs in self.runs_of.items()}
+        self.rows = {question: _rows(runs, question.figure) for question, runs in self.runs_of.items()}
 
     def tables(self) -> Iterator[Table]:
-        """One table a question for the terminal: methods by shots, accuracy in %, mean ± half of its interval."""
+        """One table a question for the terminal: methods by shots, in %, mean ± half of its interval."""
         for question, rows in self.rows.items():
             shots = sorted({row.shots for row in rows})
-            table = Table(title=str(question), caption="accuracy %, mean ± half of its 95 % interval over seeds")
+            caption = f"{question.title} %, mean ± half of its 95 % interval over seeds"
+            table = Table(title=str(question), caption=caption)
             table.add_column("method", no_wrap=True)
             for count in shots:
                 table.add_column(f"{count} {'shot' if count == 1 else 'shots'}", justify="right", no_wrap=True)
@@ -135,48 +141,55 @@ class Comparison:
         plots_of = {question: self._plot(out, question) for question in self.rows}
         links = [(run, os.path.relpath(run.folder / "report.html", out)) for run in self.runs]
         page = out / "comparison.html"
-        write_text(
-            page, render("comparison.html.j2", tables=self.rows, plots=plots_of, runs=links, by_method=by_method)
-        )
+        content = {"tables": self.rows, "plots": plots_of, "runs": links, "figures": self.figures}
+        write_text(page, render("comparison.html.j2", by_method=by_method, **content))
         return page
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """Names and titles of the figures that the tables show, each once."""
+        return {question.figure: question.title for question in self.rows}
+
     def add_curves(self, out: str | Path) -> None:
-        """Show in every run's own report the accuracy over shots that `write` drew of it and its like."""
+        """Show in every run's own report the figure over shots that `write` drew of it and its like."""
         curves = {question: Path(out, "plots", f"{self._plot_name(question)}.svg") for question in self.rows}
         runs = [(run, file) for question, file in curves.items() if file.is_file() for run in self.runs_of[question]]
         if not runs:  # all have the same shots
             return
-        with Task("adding accuracy over shots to the reports", len(runs), "reports") as task:
+        titles = " and ".join(self.figures.values())
+        with Task(f"adding {titles} over shots to the reports", len(runs), "reports") as task:
             for run, file in runs:
                 (run.folder / "plots").mkdir(exist_ok=True)
                 for suffix in (".svg", ".png"):
-                    shutil.copyfile(file.with_suffix(suffix), run.folder / "plots" / f"{CURVE}{suffix}")
+                    copy = run.folder / "plots" / f"{curve_name(run.leading[0])}{suffix}"
+                    shutil.copyfile(file.with_suffix(suffix), copy)
                 write_report(run.folder, redraw=False)
                 task.advance()
 
     def _write_csv(self, file: Path) -> None:
         with io.StringIO(newline="") as handle:
             writer = csv.writer(handle)
-            writer.writerow(COLUMNS)
+            writer.writerow([*COLUMNS, *self.figures, "low", "high"])
             for question, rows in self.rows.items():
                 asked = (question.dataset, question.backbone, question.protocol, question.settings)
                 for row in rows:
                     interval = row.half_width
                     bounds = ("", "") if interval != interval else (row.mean - interval, row.mean + interval)
                     seeds = len(row.folds_of)
-                    writer.writerow([*asked, row.shots, row.method, row.runs, seeds, row.mean, *bounds])
+                    means = [row.mean if figure == question.figure else "" for figure in self.figures]
+                    writer.writerow([*asked, row.shots, row.method, row.runs, seeds, *means, *bounds])
             write_text(file, handle.getvalue())
 
     def _plot_name(self, question: Question) -> str:
         """The file's name without its ending; questions that are long or spelled alike are told apart by number."""
         if len(self.rows) == 1:
-            return CURVE
-        names = [re.sub(r"[^\w.-]+", "-", f"{CURVE} {one}".strip())[:LONGEST_NAME] for one in self.rows]
+            return curve_name(question.figure)
+        names = [re.sub(r"[^\w.-]+", "-", f"{curve_name(one.figure)} {one}")[:LONGEST_NAME] for one in self.rows]
         place = list(self.rows).index(question)
         return names[place] if names.count(names[place]) == 1 else f"{names[place]}-{place + 1}"
 
     def _plot(self, out: Path, question: Question) -> Plot | None:
-        """Accuracy over shots, where there is more than one shot count."""
+        """The figure over shots, where there is more than one shot count."""
         rows = self.rows[question]
         if len({row.shots for row in rows}) < 2:
             return None
@@ -185,7 +198,7 @@ class Comparison:
             method: {shots: (row.mean, row.half_width) for shots, row in by_shots.items()}
             for method, by_shots in by_method(rows).items()
         }
-        return Plot(inline_svg(plots.save(plots.over_shots(curves), out / "plots", name)), name)
+        return Plot(inline_svg(plots.save(plots.over_shots(curves, question.title), out / "plots", name)), name)
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
@@ -196,13 +209,13 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][max(item[1])].mean))
 
 
-def _rows(runs: Sequence[Run]) -> list[Row]:
-    """Accuracies of runs that differ in their draw."""
+def _rows(runs: Sequence[Run], figure: str) -> list[Row]:
+    """A figure of runs that differ in their draw."""
     found: dict[tuple[int, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for run, labelled_by in zip(runs, _labelled_by(runs), strict=True):
         for method, figures in run.ranking:
             name = method if method == "zero_shot" else f"{method}{labelled_by}"
-            found[_shots(run), name][run.results["seed"]].setdefault(_fold(run), figures["accuracy"])
+            found[_shots(run), name][run.results["seed"]].setdefault(_fold(run), figures[figure])
     return [Row(method, shots, folds_of) for (shots, method), folds_of in sorted(found.items())]
 
 

@@ -23,7 +23,6 @@ from calm_pl.report.sounds import Sound, embed
 from calm_pl.training.results import WITH_INTERVAL, shown, write_text
 
 MISTAKES = 12
-CURVE = "accuracy-over-shots"
 # Base64 in the page; with everything else the page stays below 5 MB.
 SOUND_BUDGET = 3_500_000
 NAMED_HEADS = 3
@@ -141,9 +140,15 @@ def _drawn(run: Run, name: str) -> Plot:
     return Plot(inline_svg((run.folder / "plots" / f"{name}.svg").read_text()), name)
 
 
+def curve_name(figure: str) -> str:
+    """What the plot of a figure over shots is called."""
+    return f"{figure}-over-shots"
+
+
 def _sweep_curve(run: Run) -> Plot | None:
-    """Accuracy over shots, where a sweep put it into the run's plots."""
-    return _drawn(run, CURVE) if run.is_of_these_results(run.folder / "plots" / f"{CURVE}.svg") else None
+    """The leading figure over shots, where a sweep put it into the run's plots."""
+    name = curve_name(run.leading[0])
+    return _drawn(run, name) if run.is_of_these_results(run.folder / "plots" / f"{name}.svg") else None
 
 
 def inline_svg(svg: str) -> Markup:

@@ -230,8 +230,8 @@ def calibration(bins: Sequence[CalibrationBin]) -> Figure:
 
 
 @styled
-def over_shots(table: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
-    """Accuracy over shots: method -> shots -> (mean, half of the 95 % interval, NaN where there is none)."""
+def over_shots(table: Mapping[str, Mapping[int, tuple[float, float]]], title: str = "accuracy") -> Figure:
+    """A share over shots: method -> shots -> (mean, half of the 95 % interval, NaN where there is none)."""
     figure, axes = _figure(3.4)
     shots = sorted({count for points in table.values() for count in points})
     look = {name: number for number, name in enumerate(sorted(table))}  # the same in any order of the methods
@@ -251,7 +251,7 @@ def over_shots(table: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure
     axes.minorticks_off()
     axes.grid(visible=True, axis="y", color=INK, alpha=0.15, linewidth=0.6)
     axes.set_xlabel("labelled clips a class")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(f"{title}, %")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3, fontsize=8)
     return figure
 

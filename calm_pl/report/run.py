@@ -22,7 +22,7 @@ from torch import Tensor
 from calm_pl.classifier import CalmClassifier
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.training.metrics import wilson_interval
-from calm_pl.training.results import columns_of
+from calm_pl.training.results import columns_of, leading_of
 
 CALIBRATION_BINS = 10
 OWN_OPTIONS = ("manifest", "shards")  # data sets whose clips may come with options of their own, as many as they like
@@ -152,8 +152,7 @@ class Run:
     @property
     def leading(self) -> tuple[str, str]:
         """Name and title of the figure that methods are ranked by; it is a share, more is better."""
-        name, title = next(iter(self.columns.items()))
-        return name, title.removesuffix(" %")
+        return leading_of(self.results)
 
     @property
     def multi_label(self) -> bool:

@@ -23,7 +23,7 @@ from calm_pl.training.folds import folds_of, run_folds
 from calm_pl.training.logging import LogRun
 from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
 from calm_pl.training.progress import RunProgress
-from calm_pl.training.results import print_table
+from calm_pl.training.results import outcome, print_table
 from calm_pl.training.run_folder import (
     CHECKPOINTS,
     ON_OTHER_DATA,
@@ -163,8 +163,7 @@ class CalmCLI(LightningCLI):
             return
         results = self.model.results()
         if self.about:
-            shown = (f"{name} {100 * figures['accuracy']:.1f} %" for name, figures in results["methods"].items())
-            print(f"{self.about}: {', '.join(shown)}", flush=True)
+            print(f"{self.about}: {', '.join(outcome(results, name) for name in results['methods'])}", flush=True)
         else:
             print_table(results, results["splits"]["test"])
             print(f"run folder: {Path(self.trainer.default_root_dir).resolve()}")
