@@ -60,6 +60,17 @@ def test_sound_and_pictures_are_interleaved_by_two_seconds(omni, tmp_path):
     assert "<|vision_bos|><|audio_bos|>" in text
 
 
+def test_a_version_of_transformers_that_reads_no_films_is_told(omni, monkeypatch):
+    from transformers.processing_utils import OmniModalProcessorMixin
+
+    monkeypatch.delattr(OmniModalProcessorMixin, "load_audio_from_video")
+    assert Backbone(str(omni)).clip_processor()
+    with pytest.raises(
+        BackboneError, match=r"Qwen2_5OmniProcessor reads films from transformers 5\.23 on, and this is"
+    ):
+        Backbone(str(omni), modality="video").clip_processor()
+
+
 @pytest.mark.parametrize("modality", ["video", "audiovisual"])
 def test_long_films_are_split_by_time_and_averaged(omni, tmp_path, modality):
     whole, split = (FrozenLALM.from_pretrained(omni, modality=modality, long_clips=way) for way in ("cut", "split"))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import transformers
 from torch import Tensor
 
 from calm_pl.audio import audio_seconds, load_audio
@@ -37,7 +38,8 @@ class Content:
         frame_rate: frames a second.
 
     Raises:
-        BackboneError: the modality is unknown, the rate is not above 0, or the model does not see.
+        BackboneError: the modality is unknown, the rate is not above 0, or the model does not see, or not by this
+            version of transformers.
     """
 
     def __init__(self, processor: Any, modality: Modality = "audio", frame_rate: float = 2.0) -> None:
@@ -55,6 +57,11 @@ class Content:
         self.frame_token: str = getattr(processor, "video_token" if self.takes_videos else "image_token", "")
         if self.sees and not self.frame_token:
             raise BackboneError(f"{type(processor).__name__} takes no pictures: set modality to audio.")
+        if self.sees and not self.takes_videos and type(processor).__name__.startswith("Qwen"):
+            raise BackboneError(
+                f"modality={modality}: {type(processor).__name__} reads films from transformers 5.23 on, and this is "
+                f"{transformers.__version__}: pip install 'calm-pl[video]'"
+            )
 
     def load(self, clip: Clip, sampling_rate: int, max_seconds: float | None, hold_last: bool = False) -> Media:
         """Decode what the modality needs. A clip without a video of its own shows that of its audio file.
