@@ -403,6 +403,17 @@ def test_classify_prints_a_line_a_file_and_names_the_bad_ones(classifier, tmp_pa
     assert header == "path,prediction,confidence"
     assert line.split(",")[:2] == [str(good), classifier.predict([good])[0]]
     assert "bad.wav" in shown.err and "loud.wav: holds a sample of 3e+38" in shown.err
+    assert "classifying" not in shown.err  # one pass
+    assert main(["classify", str(tmp_path / "classifier"), str(tmp_path / "sounds"), "--batch-size", "2"]) == 1
+    assert capsys.readouterr().err.startswith("classifying: 3 files\n")
+
+
+def test_classify_tells_once_of_files_that_are_cut(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path / "classifier")
+    files = [str(tone(tmp_path / f"{seconds}.wav", 200, seconds=seconds)) for seconds in (1, 6, 7)]
+    with pytest.warns(UserWarning) as told:
+        assert main(["classify", str(tmp_path / "classifier"), *files, "--batch-size", "1"]) == 0
+    assert [str(w.message)[:34] for w in told if "window" in str(w.message)] == ["2 of 3 clips are longer than the m"]
 
 
 def test_classify_tells_what_it_cannot_begin_with(classifier, labelled, tmp_path, capsys):

@@ -8,17 +8,22 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calm_pl.audio import AudioError
+    from calm_pl.classifier import CalmClassifier
 
 
 def main(argv: list[str]) -> int:
     """Print ``path,prediction,confidence``, a line for each class told of a file; exit code 1 if a file, or a folder,
     could not be used."""
     options = _parser().parse_args(argv)
-    from calm_pl.audio import EXTENSIONS, NOT_UTF8, AudioError, is_utf8
+    from calm_pl.audio import EXTENSIONS, NOT_UTF8, is_utf8
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.classifier import CalmClassifier
-    from calm_pl.clip import absolute_path
     from calm_pl.data.unlabelled import audio_files
+    from calm_pl.progress import Task
 
     if options.batch_size < 1:
         sys.exit(f"calm: error: --batch-size {options.batch_size}: at least 1 clip a batch")
@@ -40,31 +45,46 @@ def main(argv: list[str]) -> int:
         )
         top = classifier.top(options.top)
         threshold = 0.0 if options.coverage is None else classifier.threshold(options.coverage)
-        classifier.lalm  # noqa: B018  # loaded here, so that a wrong backbone is told before any file
+        # Loads the backbone, so that a wrong one is told before any file.
+        classifier.lalm.processor.warn_of_cut_clips(classifier.asked(files))
     except (BackboneError, FileNotFoundError, ValueError) as error:
         sys.exit(f"calm: error: {error}")
     writer = csv.writer(sys.stdout)
     writer.writerow(["path", "prediction", "confidence"])
-    for first in range(0, len(files), options.batch_size):
-        whole = batch = files[first : first + options.batch_size]
-        while batch:
-            try:
-                with warnings.catch_warnings():
-                    if batch is not whole:  # tried again: clips that are cut have been told
-                        warnings.filterwarnings("ignore", message=".* longer than the model's window")
-                    told = classifier.predict_top(batch, top, options.batch_size)
-            except AudioError as error:  # tell it, and go on without it
-                unusable += 1
-                print(f"calm: {error}", file=sys.stderr)
-                batch = [file for file in batch if absolute_path(file) != error.path]
-                continue
-            for file, classes in zip(batch, told, strict=True):
+    # In a terminal the lines themselves show how far it is.
+    shown = len(files) > options.batch_size and not sys.stdout.isatty()
+    with warnings.catch_warnings(), Task("classifying", len(files), "files", shown) as task:
+        warnings.filterwarnings("ignore", message=".* longer than the model's window")  # of each batch again
+        for first in range(0, len(files), options.batch_size):
+            batch = files[first : first + options.batch_size]
+            told, reasons = _classes_of(batch, classifier, top)
+            for reason in reasons:
+                print(f"calm: {reason}", file=sys.stderr)
+            unusable += len(reasons)
+            for file, classes in told:
                 sure = classes[0][1] >= threshold
                 for name, confidence in classes if sure else [("unknown", classes[0][1])]:
                     writer.writerow([file, name, f"{confidence:.4f}"])
             sys.stdout.flush()
-            break
+            task.advance(len(batch))
     return 1 if unusable or empty else 0
+
+
+def _classes_of(
+    files: list[Path], classifier: CalmClassifier, top: int
+) -> tuple[list[tuple[Path, list[tuple[str, float]]]], list[AudioError]]:
+    """The most probable classes of each file, in one pass, and why files that are not among them cannot be used."""
+    from calm_pl.audio import AudioError
+    from calm_pl.clip import absolute_path
+
+    errors: list[AudioError] = []
+    while files:
+        try:
+            return list(zip(files, classifier.predict_top(files, top, len(files)), strict=True)), errors
+        except AudioError as error:  # go on without it
+            errors.append(error)
+            files = [file for file in files if absolute_path(file) != error.path]
+    return [], errors
 
 
 def _parser() -> argparse.ArgumentParser:
