@@ -27,7 +27,7 @@ from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import ClipLike, FrozenLALM, as_clip
 from calm_pl.backbone.named import named_backbone
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import DEFAULT_QUESTION, Clip
+from calm_pl.clip import DEFAULT_QUESTION, Clip, labels_per_clip
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.metric_space import Whitened
 
@@ -132,7 +132,7 @@ class CalmClassifier:
         classifier.fingerprint = _fingerprint(backbone)
         classifier.dtype = dtype
         classifier.question = _question_of(clips)
-        classifier.labels_per_clip = sum(len(clip.labels) for clip in clips) / len(clips) if clips else 1.0
+        classifier.labels_per_clip = labels_per_clip(clips)
         return classifier
 
     @property

@@ -47,6 +47,11 @@ class Clip:
         return () if self.label is None else (self.label,) if isinstance(self.label, str) else self.label
 
 
+def labels_per_clip(clips: Sequence[Clip]) -> float:
+    """How many labels labelled clips have on average; 1 of no clips."""
+    return sum(len(clip.labels) for clip in clips) / len(clips) if clips else 1.0
+
+
 def absolute_path(path: str | os.PathLike[str]) -> str:
     """As clips name their files: without `..`, which of a link to a folder is the folder that the link leads into, as
     `open` has it."""

@@ -21,7 +21,7 @@ from calm_pl.data.shards import write_shards
 from calm_pl.data.splits import draw_support
 from calm_pl.training.metrics import figures
 from calm_pl.training.multilabel import mean_average_precision_draws, multi_label_figures
-from calm_pl.training.results import columns_of, outcome, results_table
+from calm_pl.training.results import columns_of, outcome, results_table, write_predictions
 from tests.conftest import tone
 from tests.test_run import calm
 
@@ -160,6 +160,13 @@ def test_fit_tells_what_several_labels_ask_for(chords, tiny_lalm, tmp_path, caps
     with pytest.raises(SystemExit, match="several labels, which compare cannot count"):
         calm("compare", "--data", "manifest", "--data.recipe.init_args.data_dir", chords, "--backbone", tiny_lalm,
              "--out", tmp_path / "compared")  # fmt: skip
+
+
+def test_a_clip_without_labels_is_said_to_have_as_many_as_support_clips(tmp_path):
+    clips = [Clip("a.wav"), Clip("b.wav", "x")]
+    write_predictions(tmp_path / "said.csv", clips, ["x", "y", "z"], torch.tensor([[0.1, 0.6, 0.3]] * 2), 2)
+    said = [row["prediction"] for row in csv.DictReader((tmp_path / "said.csv").open())]
+    assert said == ["y|z", "y"]
 
 
 def used(chords: Path, run: Path, tested: list[dict], capsys) -> None:

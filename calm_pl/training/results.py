@@ -40,11 +40,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str], probabilities_NC: Tensor) -> None:
+def write_predictions(
+    path: Path, clips: Sequence[Clip], classes: Sequence[str], probabilities_NC: Tensor, unlabelled: int = 1
+) -> None:
     """Write ``path,label,prediction,confidence``, one line a clip, in the clips' order.
 
-    Of a clip with n labels, the n most probable classes are its prediction, joined by ``|`` as its labels are. Where
-    clips are parts of files, ``start,end`` (seconds) come after.
+    Of a clip with n labels, the n most probable classes are its prediction, joined by ``|`` as its labels are; of one
+    without, as many as ``unlabelled`` says. Where clips are parts of files, ``start,end`` (seconds) come after.
     """
     confidence_N = probabilities_NC.amax(1)
     order_NC = probabilities_NC.argsort(dim=1, descending=True, stable=True)
@@ -53,7 +55,7 @@ def write_predictions(path: Path, clips: Sequence[Clip], classes: Sequence[str],
         parts = any(clip.start is not None or clip.end is not None for clip in clips)
         writer.writerow(["path", "label", "prediction", "confidence", *(["start", "end"] if parts else [])])
         for clip, order_C, confidence in zip(clips, order_NC, confidence_N.tolist(), strict=True):
-            said = [classes[c] for c in order_C[: max(1, len(clip.labels))].tolist()]
+            said = [classes[c] for c in order_C[: len(clip.labels) or unlabelled].tolist()]
             part = [clip.start, clip.end] if parts else []
             writer.writerow([clip.audio, "|".join(clip.labels), "|".join(said), f"{confidence:.6f}", *part])
         write_text(path, file.getvalue())

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
+from calm_pl.clip import labels_per_clip
 from calm_pl.progress import say
 from calm_pl.training.module import CalmModule
 from calm_pl.training.results import write_json, write_predictions, write_text
@@ -61,9 +62,13 @@ class RunFolder(Callback):
     def _write_predictions(self, trainer: L.Trainer, module: CalmModule) -> None:
         indices_N, probabilities_NC, _ = module.scores[module.classifier].of_all_ranks()
         if trainer.is_global_zero:
-            clips = module.data.clips_at(indices_N.tolist())
+            data = module.data
             write_predictions(
-                Path(trainer.default_root_dir) / PREDICTIONS_FILE, clips, module.classes, probabilities_NC
+                Path(trainer.default_root_dir) / PREDICTIONS_FILE,
+                data.clips_at(indices_N.tolist()),
+                module.classes,
+                probabilities_NC,
+                round(labels_per_clip([data.clips[i] for i in data.usable("support")])),
             )
 
 
