@@ -136,8 +136,7 @@ class LinearProbe(HeadClassifier):
 
 
 class NearestPrototype(HeadClassifier):
-    """Cosine with class prototypes of the last heads laid side by side, what one would do without choosing
-    heads.
+    """Cosine with class prototypes of the last heads laid side by side: what one would do without choosing heads.
 
     Args:
         num_heads: how many heads, counted from the last one: one layer's (6: calm-tiny and Whisper-tiny).
@@ -194,6 +193,7 @@ class KNearest(HeadClassifier):
         tau: temperature of the votes.
     """
 
+    centre_KD: Tensor
     support_NKD: Tensor
     support_labels_N: Tensor
     num_classes_1: Tensor
@@ -220,7 +220,7 @@ class KNearest(HeadClassifier):
         choices, num_heads = self.choices(), self.support_NKD.shape[1]
         votes_NC = torch.zeros(len(queries_NKD), int(self.num_classes_1), device=queries_NKD.device)
         for chunk in chunks(len(queries_NKD), default_chunk_size(*queries_NKD.shape[1:])):
-            units_NF = unit(queries_NKD[chunk].float() - self.get_buffer("centre_KD")).flatten(1)
+            units_NF = unit(queries_NKD[chunk].float() - self.centre_KD).flatten(1)
             cosines, index = (units_NF @ self.support_NKD.flatten(1).T / num_heads).topk(choices["k"])
             votes_NC[chunk] = votes_NC[chunk].scatter_add(
                 1, self.support_labels_N[index], torch.softmax(cosines / choices["tau"], 1)

@@ -116,7 +116,7 @@ def _pictures(path: str | os.PathLike[str], container: InputContainer) -> VideoS
     from av.stream import Disposition
 
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:  # the cover of an album moves not
+        if not stream.disposition & Disposition.attached_pic:  # the cover of an album does not move
             return stream
     raise VideoError(path, "has no pictures, only sound; give the clip a video, or set modality: audio")
 

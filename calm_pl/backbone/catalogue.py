@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Tested: with the model's own weights, or with a small random-weight checkpoint of its family (tests/families.py).
+# Tested: with the model's own weights, or with a small random-weight checkpoint of its family (tests/families/).
 WEIGHTS, FAMILY = "weights", "family"
 
 

@@ -109,6 +109,7 @@ class FrozenLALM:
         Args:
             path_or_hub_id: ``calm-tiny``, ``random-qwen2-audio``, a folder, or a hub id.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
+            device: where the model runs: ``cpu``, ``cuda`` or ``cuda:1``; unused with ``device_map``.
             revision: branch, tag or commit on the hub.
             prompt: text after the audio; ``{question}`` stands for the clip's own question.
             heads: ``decoder``, ``encoder`` or ``both`` (decoder heads first).

@@ -1,4 +1,4 @@
-"""``calm fit | validate | test | predict``: Lightning's own command line over the files in ``conf/``."""
+"""``calm fit | validate | test | predict | extract``: Lightning's own command line over the files in ``conf/``."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def unpack(archive: Path, root: Path) -> None:
     """Unpack the files of a zip or tar archive into `root`, without the single folder at its top.
 
     Raises:
-        ValueError: a path in the archive points out of it, or or is no plain file. Nothing is left in `root`.
+        ValueError: a path in the archive points out of it, or is no plain file. Nothing is left in `root`.
     """
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as name:
         folder = Path(name)
