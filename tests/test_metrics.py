@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
 
+from calm_pl.methods.calibration import CALIBRATION_BINS
 from calm_pl.training import metrics
 from calm_pl.training.metrics import (
     BOOTSTRAP_RESAMPLES,
-    CALIBRATION_BINS,
     ClipScores,
     bootstrap_draws,
     bootstrap_intervals,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, one_hot
 
-MIN_PROBABILITY = 1e-12
+MIN_PROBABILITY = 1e-12  # smaller ones count as this, so that logarithms stay finite
+CALIBRATION_BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
 # Not below 1/16: clips that are all right would ask for 0, which says nothing of how clearly they are right.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-16, 13))
 AS_LIKELY = 1e-3
@@ -59,14 +60,13 @@ def calibrate(scores_NC: Tensor, labels_N: Tensor) -> tuple[float, dict[str, Any
 
 
 def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Accuracy, NLL (nats), Brier score (summed over classes) and ECE (15 bins of equal width, Guo et
-    al.)."""
+    """Accuracy, NLL (nats), Brier score (summed over classes) and ECE (in bins of equal width)."""
     accuracy, nll = accuracy_and_nll(probabilities_NC, labels_N)
     truth_NC = one_hot(labels_N, probabilities_NC.shape[1])
     confidence_N, guess_N = probabilities_NC.max(1)
     gap_N = confidence_N - (guess_N == labels_N).float()
-    bins = (confidence_N * 15).long().clamp_max(14)
-    ece = torch.zeros(15, device=gap_N.device).index_add(0, bins, gap_N).abs().sum() / len(labels_N)
+    bin_N = (confidence_N * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    ece = torch.zeros(CALIBRATION_BINS, device=gap_N.device).index_add(0, bin_N, gap_N).abs().sum() / len(labels_N)
     brier = (probabilities_NC - truth_NC).square().sum(1).mean()
     return {"accuracy": accuracy, "nll": nll, "brier": float(brier), "ece": float(ece)}
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from calm_pl.functional.heads import unit
+from calm_pl.methods.calibration import MIN_PROBABILITY
 
-MIN_PROBABILITY = 1e-12
 # Wider features are projected to so many random directions, which keeps distances up to a few percent.
 MAX_FEATURES = 1024
 

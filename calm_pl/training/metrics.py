@@ -18,13 +18,13 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
+from calm_pl.methods.calibration import CALIBRATION_BINS, MIN_PROBABILITY
+
 # Two-sided 95 % of a standard normal.
 Z_95 = 1.959963984540054
 BOOTSTRAP_RESAMPLES = 500
 # Resamples x clips that are drawn at once: 64 MiB of float32.
 MAX_DRAWN = 2**24
-CALIBRATION_BINS = 15
-SMALLEST_PROBABILITY = 1e-12
 
 
 class ClipScores(Metric):
@@ -100,11 +100,11 @@ def figures(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, Any]:
     prediction_N = prediction_N.masked_fill(confidence_N == 0, C)
     correct_N = (prediction_N == labels_N).long()
     true_N = probabilities_NC.gather(1, labels_N[:, None]).squeeze(1)
-    nll_N = -true_N.clamp_min(SMALLEST_PROBABILITY).log()
+    nll_N = -true_N.clamp_min(MIN_PROBABILITY).log()
     brier_N = probabilities_NC.square().sum(1) - 2 * true_N + 1
-    # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
     # Top-label calibration is calibration of the binary question "is this prediction right?".
     ece = float(binary_calibration_error(confidence_N, correct_N, n_bins=CALIBRATION_BINS))
+    # One class more, for clips without an answer; no clip is of it, so that it counts for nothing itself.
     f1_C = multiclass_f1_score(prediction_N, labels_N, C + 1, average="none")[:C]
     known_C = torch.cat([prediction_N, labels_N]).bincount(minlength=C + 1) > 0
     said_NC, label_NC = one_hot(prediction_N, C + 1)[:, :C], one_hot(labels_N, C)

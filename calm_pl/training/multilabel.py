@@ -18,9 +18,8 @@ from torchmetrics.functional.classification import (
     multilabel_f1_score,
 )
 
+from calm_pl.methods.calibration import CALIBRATION_BINS, MIN_PROBABILITY
 from calm_pl.training.metrics import (
-    CALIBRATION_BINS,
-    SMALLEST_PROBABILITY,
     bootstrap_intervals,
     calibration_error_draws,
     macro_f1_draws,
@@ -60,7 +59,7 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
     hit_N = labels_NC.gather(1, best_N[:, None]).squeeze(1) * answered_N
     per_clip = {
         "accuracy": hit_N.float(),
-        "nll": -(probabilities_NC * labels_NC).sum(1).clamp_min(SMALLEST_PROBABILITY).log(),
+        "nll": -(probabilities_NC * labels_NC).sum(1).clamp_min(MIN_PROBABILITY).log(),
         "brier": (probabilities_NC - labels_NC / count_N[:, None]).square().sum(1),
         "exact_match": (top_NC == labels_NC).all(1).float(),
         # As many classes are said as are true, so precision, recall and F1 are one number. (The samplewise F1 of
