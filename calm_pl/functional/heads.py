@@ -115,7 +115,7 @@ class Rows:
 def class_means(values_Nx: Tensor | Rows, labels_N: Tensor, num_classes: int) -> Tensor:
     """Mean over the clips of each class, along the first dimension; zeros for a class without a clip."""
     sums_Cx = torch.zeros(num_classes, *values_Nx.shape[1:], device=values_Nx.device)
-    for chunk in chunks(len(values_Nx), max(1, CHUNK_ELEMENTS // max(1, values_Nx[:1].numel()))):
+    for chunk in chunks(len(values_Nx), default_chunk_size(*values_Nx.shape[1:])):
         sums_Cx.index_add_(0, labels_N[chunk], values_Nx[chunk].float())
     counts_C = torch.bincount(labels_N, minlength=num_classes).clamp_min(1)
     return sums_Cx / counts_C.view(-1, *[1] * (values_Nx.ndim - 1))

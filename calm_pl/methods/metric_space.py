@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from calm_pl import functional as F
-from calm_pl.functional.heads import CHUNK_ELEMENTS, chunks, default_chunk_size, unit
+from calm_pl.functional.heads import chunks, default_chunk_size, unit
 from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.base import HeadClassifier, check_support
 from calm_pl.methods.calibration import best_temperature
@@ -33,7 +33,7 @@ UNLABELLED_SHRINKAGE = 0.6  # the total covariance holds what tells classes apar
 def directions(heads_NKD: Tensor) -> Tensor:
     """Head outputs scaled to length 1, in their own dtype, without a float32 copy of all of them."""
     found_NKD = torch.empty_like(heads_NKD)
-    for chunk in chunks(len(heads_NKD), max(1, CHUNK_ELEMENTS // max(1, heads_NKD[:1].numel()))):
+    for chunk in chunks(len(heads_NKD), default_chunk_size(*heads_NKD.shape[1:])):
         found_NKD[chunk] = unit(heads_NKD[chunk].float()).to(heads_NKD.dtype)
     return found_NKD
 
