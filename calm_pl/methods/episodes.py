@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calm_pl.functional.heads import MIN_NORM
 from calm_pl.methods.leave_one_out import LeaveOneOut
+from calm_pl.methods.logistic import places_in_class
 
 # Posteriors that one optimiser step works on; support sets beyond it are visited in parts.
 MAX_POSTERIORS = 2**24
@@ -96,12 +97,10 @@ class EpisodeSource:
         assert self.shots is not None
         labels_N, num_classes = self.labels_N, self.left_out.num_classes
         order_N = torch.randperm(len(labels_N), generator=generator).to(labels_N.device)
-        rank_N = torch.empty_like(labels_N)
-        for c in range(num_classes):
-            members = order_N[labels_N[order_N] == c]
-            rank_N[members] = torch.arange(len(members), device=labels_N.device)
+        place_N = torch.empty_like(labels_N)  # of each clip in its class, shuffled
+        place_N[order_N] = places_in_class(labels_N[order_N])
         shots_N = torch.minimum(torch.tensor(self.shots), (self.left_out.counts_N - 1).clamp_min(1))
-        prototype_N = rank_N < shots_N
+        prototype_N = place_N < shots_N
         queries = (~prototype_N).nonzero()[:, 0]
         whitened_KND = self.left_out.whitened(self.shrinkage)
         share_CN = torch.nn.functional.one_hot(labels_N, num_classes).T * prototype_N / shots_N

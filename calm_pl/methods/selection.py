@@ -18,14 +18,13 @@ from calm_pl.functional.heads import class_means
 from calm_pl.functional.metric import HeadMetric
 from calm_pl.methods.calibration import MIN_PROBABILITY, accuracy_and_nll
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.logistic import stratified_folds
+from calm_pl.methods.logistic import FOLDS, places_in_class, stratified_folds
 
 # Choosing looks at no more than this many posteriors at once, but at two clips of every class; clips beyond it still
 # make prototypes and weights.
 MAX_POSTERIORS = 2**26
 # The first of equals is taken, as at two clips a class, whose folds leave nothing to tell of a metric.
 SHRINKAGES = (0.3, 0.1, 1.0, 0.03)
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,7 @@ def judged_clips(labels_N: Tensor, posteriors_per_clip: int) -> Tensor:
     limit = max(2 * len(counts_C), MAX_POSTERIORS // posteriors_per_clip)
     if len(clips) <= limit:
         return clips
-    rank_N = torch.zeros_like(labels_N)
-    for c in range(len(counts_C)):
-        members = (labels_N == c).nonzero()[:, 0]
-        rank_N[members] = torch.arange(len(members), device=labels_N.device)
-    return clips[rank_N[clips].argsort(stable=True)[:limit]].sort().values
+    return clips[places_in_class(labels_N)[clips].argsort(stable=True)[:limit]].sort().values
 
 
 def best_of(judged: Sequence[Judged]) -> Judged:

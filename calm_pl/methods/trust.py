@@ -18,8 +18,7 @@ from torch.nn.functional import nll_loss
 
 from calm_pl.methods.calibration import MIN_PROBABILITY, best_temperature, temper
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.logistic import stratified_folds
-from calm_pl.methods.selection import FOLDS
+from calm_pl.methods.logistic import FOLDS, stratified_folds
 from calm_pl.methods.weighting import entmax, entmax_logits, penalty, step_size
 
 
