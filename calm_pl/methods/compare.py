@@ -1,5 +1,4 @@
-"""Methods side by side on the same heads, the same support sets and the same test clips, and what to
-conclude.
+"""Methods side by side on the same heads, the same support sets and the same test clips, and what to conclude.
 
 Shapes: N clips, K heads, D head dimension, C classes.
 """
@@ -88,16 +87,24 @@ def compare(
                     continue
                 support = fold.train[torch.as_tensor(draw(fold.train, count, seed))]
                 for name in wanted:
-                    start = time.perf_counter()
-                    method = methods[name]().fit(heads_NKD[support], labels_N[support], num_classes)
-                    seconds = time.perf_counter() - start
-                    with torch.no_grad():
-                        figures = score(method(heads_NKD[fold.test]), labels_N[fold.test])
-                    yield Row(name, count, seed, fold.name, **figures, seconds=seconds)
+                    method, seconds = timed_fit(methods[name](), heads_NKD[support], labels_N[support], num_classes)
+                    scores = score(method, heads_NKD[fold.test], labels_N[fold.test])
+                    yield Row(name, count, seed, fold.name, **scores, seconds=seconds)
 
 
-def score(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """`figures` and macro F1."""
+def timed_fit(
+    method: HeadClassifier, heads_NKD: Tensor, labels_N: Tensor, num_classes: int
+) -> tuple[HeadClassifier, float]:
+    """The method, fitted, and how many seconds that took."""
+    started = time.perf_counter()
+    method.fit(heads_NKD, labels_N, num_classes)
+    return method, time.perf_counter() - started
+
+
+@torch.no_grad()
+def score(method: HeadClassifier, heads_NKD: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """`figures` and macro F1 of a fitted method on clips of known classes."""
+    probabilities_NC = method(heads_NKD)
     macro_f1 = multiclass_f1_score(probabilities_NC, labels_N, probabilities_NC.shape[1], average="macro")
     return {**figures(probabilities_NC, labels_N), "macro_f1": float(macro_f1)}
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 DEFAULT_C = 10.0
 FOLDS = 5
-MAX_ITERATIONS = 200  # of L-BFGS, which converges long before
+MAX_ITERATIONS = 200  # of L-BFGS
 
 
 def cross_validated_logistic(

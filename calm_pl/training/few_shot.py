@@ -5,7 +5,6 @@ Shapes: N clips, K heads, D head dimension.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.episodes import EpisodeStream
 from calm_pl.data.splits import check_disjoint
 from calm_pl.methods.base import HeadClassifier
-from calm_pl.methods.compare import Key, Row, score
+from calm_pl.methods.compare import Key, Row, score, timed_fit
 from calm_pl.progress import Task
 from calm_pl.training.comparison import (
     ROWS_FILE,
@@ -88,9 +87,7 @@ def _rows(stream: EpisodeStream, methods: Mapping[str, HeadClassifier], done: se
             continue
         episode = stream.draw(number)
         for name in left:
-            started = time.perf_counter()
-            method = anew(methods[name])().fit(episode.support_SKD, episode.support_labels_S, stream.way)
-            seconds = time.perf_counter() - started
-            with torch.no_grad():
-                figures = score(method(episode.queries_QKD), episode.query_labels_Q)
+            support = episode.support_SKD, episode.support_labels_S
+            method, seconds = timed_fit(anew(methods[name])(), *support, stream.way)
+            figures = score(method, episode.queries_QKD, episode.query_labels_Q)
             yield Row(name, stream.shots, number, fold, **figures, seconds=seconds)
