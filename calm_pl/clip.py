@@ -9,8 +9,9 @@ from pathlib import Path
 
 from calm_pl.audio import AudioError, audio_seconds
 
-# Asked about a clip that has no question of its own.
+# Asked about a clip that has no question of its own, and the text that it stands in.
 DEFAULT_QUESTION = "What sound is this?"
+DEFAULT_PROMPT = "{question} Answer with the class name."
 
 
 @dataclass(frozen=True)

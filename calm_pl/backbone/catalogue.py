@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 # Tested: with the model's own weights, or with a small random-weight checkpoint of its family (tests/families/).
 WEIGHTS, FAMILY = "weights", "family"
+# bitsandbytes stores half a byte per weight and scales for blocks of 64.
+FOUR_BIT_BYTES = 0.5 + 4 / 64
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class Known:
     @property
     def bf16_gb(self) -> float:
         """Gigabytes (1e9) of the weights in bfloat16."""
-        return 2 * self.billions
+        return BF16_BYTES * self.billions
 
     @property
     def four_bit_gb(self) -> float:
-        """The same with linear layers in four bits (and a scale for every 64 weights)."""
-        return self.billions * (self.linear * 0.5625 + (1 - self.linear) * 2)
+        """The same with linear layers in four bits."""
+        return self.billions * (self.linear * FOUR_BIT_BYTES + (1 - self.linear) * BF16_BYTES)
 
 
 CATALOGUE = {

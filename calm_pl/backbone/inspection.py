@@ -9,15 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from calm_pl.backbone.catalogue import BF16_BYTES, FOUR_BIT_BYTES
 from calm_pl.backbone.checkpoints import resolve_checkpoint
 from calm_pl.backbone.config import load_config, model_class_of
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.processing import ClipProcessor
 from calm_pl.backbone.structure import Heads, find_head_sites
 from calm_pl.clip import Clip
-
-# bitsandbytes stores half a byte per weight and scales for blocks of 64.
-FOUR_BIT_BYTES = 0.5 + 4 / 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def inspect_checkpoint(path_or_hub_id: str, revision: str | None = None, trust_r
         encoder=_encoder(model),
         sampling_rate=processor.sampling_rate,
         max_seconds=processor.max_seconds,
-        bf16_gb=2 * sum(weight.numel() for weight in model.parameters()) / 1e9,
+        bf16_gb=BF16_BYTES * sum(weight.numel() for weight in model.parameters()) / 1e9,
         four_bit_gb=_four_bit_bytes(model) / 1e9,
         prompt=prompt,
     )
@@ -95,4 +93,4 @@ def _four_bit_bytes(model: PreTrainedModel) -> float:
     head = model.get_output_embeddings()
     linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
     others = sum(weight.numel() for weight in model.parameters() if id(weight) not in linear)
-    return sum(weight.numel() for weight in linear.values()) * FOUR_BIT_BYTES + 2 * others
+    return sum(weight.numel() for weight in linear.values()) * FOUR_BIT_BYTES + BF16_BYTES * others

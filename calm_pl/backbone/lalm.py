@@ -23,11 +23,11 @@ from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.hooks import HeadCapture, capture_heads
 from calm_pl.backbone.placement import Quantization, load_adapter, need, placement
 from calm_pl.backbone.pooling import Pooling
-from calm_pl.backbone.processing import DEFAULT_PROMPT, ClipProcessor, LALMInputs, LongClips, PaddingSide
+from calm_pl.backbone.processing import ClipProcessor, LALMInputs, LongClips, PaddingSide
 from calm_pl.backbone.structure import Heads, find_head_sites
 from calm_pl.backbone.tensor_parallel import check_cut, cutting, sharding
 from calm_pl.backbone.window import shorter_encoder
-from calm_pl.clip import Clip, absolute_path, length_batches
+from calm_pl.clip import DEFAULT_PROMPT, Clip, absolute_path, length_batches
 
 ClipLike = Clip | str | os.PathLike[str]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

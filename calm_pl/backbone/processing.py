@@ -29,9 +29,8 @@ from calm_pl.backbone.config import untrusted
 from calm_pl.backbone.content import Content, Media, Modality
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.window import alone_from, can_be_cut, mixes_from, shorter_features
-from calm_pl.clip import DEFAULT_QUESTION, Clip
+from calm_pl.clip import DEFAULT_PROMPT, DEFAULT_QUESTION, Clip
 
-DEFAULT_PROMPT = "{question} Answer with the class name."
 PaddingSide = Literal["left", "right"]
 LongClips = Literal["cut", "split"]
 # Below this length a processor may give a clip no audio token at all, which transformers does not notice.

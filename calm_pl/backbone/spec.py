@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calm_pl.backbone.checkpoints import adapter_folder, resolve_checkpoint
 from calm_pl.backbone.pooling import Pooling
+from calm_pl.clip import DEFAULT_PROMPT
 from calm_pl.headstore import Stamp, file_digest, file_stamp
 from calm_pl.progress import is_animated, say
 
@@ -61,7 +62,7 @@ class Backbone:
 
     path: str = "calm-tiny"
     heads: str = "decoder"
-    prompt: str = "{question} Answer with the class name."
+    prompt: str = DEFAULT_PROMPT
     revision: str | None = None
     layers: tuple[int, ...] | None = None
     cut_window: bool = True

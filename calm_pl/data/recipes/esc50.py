@@ -30,8 +30,8 @@ class Esc50:
     question: ClassVar[str] = "What sound is this?"
 
     def __post_init__(self) -> None:
-        if self.test_fold not in ("all", *range(1, 6)):
-            raise ValueError(f"test_fold is {self.test_fold}; ESC-50 has folds 1 to 5, or all")
+        if self.test_fold not in ("all", *range(1, self.num_folds + 1)):
+            raise ValueError(f"test_fold is {self.test_fold}; ESC-50 has folds 1 to {self.num_folds}, or all")
 
     def prepare(self) -> None:
         fetch_archive(data_root("esc50", self.data_dir), URL, ["meta/esc50.csv", "audio"])

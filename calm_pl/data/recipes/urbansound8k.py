@@ -37,8 +37,8 @@ class UrbanSound8K:
     question: ClassVar[str] = "What sound is this?"
 
     def __post_init__(self) -> None:
-        if self.test_fold not in ("all", *range(1, 11)):
-            raise ValueError(f"test_fold is {self.test_fold}; UrbanSound8K has folds 1 to 10, or all")
+        if self.test_fold not in ("all", *range(1, self.num_folds + 1)):
+            raise ValueError(f"test_fold is {self.test_fold}; UrbanSound8K has folds 1 to {self.num_folds}, or all")
 
     def prepare(self) -> None:
         fetch_archive(data_root(self.name, self.data_dir), URL, ["metadata/UrbanSound8K.csv", "audio"])
