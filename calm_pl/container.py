@@ -28,6 +28,7 @@ SEEKABLE = ("mov", "matroska")
 FRAGMENTED = ("iso5", "iso6", "dash", "cmfc")
 # A length in a header may count the codec's own padding: two of AAC's frames.
 LENGTH_SLACK = 2 * 2048
+CLOCK_RATE = 1_000_000  # of FFmpeg's times of a file, a second
 # Streams that start within this time of one another start together.
 CLOCK_SECONDS = 0.01
 
@@ -89,7 +90,13 @@ def packet_seconds(container: InputContainer, stream: Stream) -> float:
 
 def start_seconds(container: InputContainer) -> float:
     """Where the file's clock starts; all times that people give count from there."""
-    return (container.start_time or 0) / 1_000_000
+    return (container.start_time or 0) / CLOCK_RATE
+
+
+def seek(container: InputContainer, seconds: float) -> None:
+    """Go to the last point before this time that can be decoded from; to the beginning where the file has no index."""
+    if seconds > 0 and container.format.name.startswith(SEEKABLE):
+        container.seek(round((seconds + start_seconds(container)) * CLOCK_RATE))
 
 
 class SoundTrack:
@@ -119,9 +126,7 @@ class SoundTrack:
         import av
 
         zero = start_seconds(self.container)
-        begin = first / self.samplerate - PREROLL_SECONDS
-        if begin > 0 and self.container.format.name.startswith(SEEKABLE):
-            self.container.seek(round((begin + zero) * 1_000_000))
+        seek(self.container, first / self.samplerate - PREROLL_SECONDS)
         pieces: list[np.ndarray] = []
         at = have = 0
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calm_pl.audio import AudioError, check_file
-from calm_pl.container import SEEKABLE, open_container, packet_seconds, start_seconds, stream_seconds
+from calm_pl.container import open_container, packet_seconds, seek, start_seconds, stream_seconds
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -126,8 +126,7 @@ def _sampled(
 ) -> Iterator[VideoFrame]:
     """The frame shown at each wanted time; one is shown until the next one's time, the first also before its own."""
     zero = start_seconds(container)
-    if begin > 0 and container.format.name.startswith(SEEKABLE):
-        container.seek(round((begin + zero) * 1_000_000))
+    seek(container, begin)
     wanted, count, until = begin, 0, 0.0
     shown: VideoFrame | None = None
     for frame in container.decode(stream):
