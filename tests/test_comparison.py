@@ -21,7 +21,8 @@ from calm_pl.data import read_manifest, write_manifest
 from calm_pl.data.recipes import Manifest
 from calm_pl.methods.compare import Fold, Row
 from calm_pl.methods.compare import compare as compare_methods
-from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, means, read_rows, report
+from calm_pl.report.methods import means, report
+from calm_pl.training.comparison import ROWS_FILE, clips_and_folds, read_rows
 
 
 def compare(*arguments: object) -> None:

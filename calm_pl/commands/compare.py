@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.data.datamodule import AudioEpisodeDataModule
     from calm_pl.headstore import HeadStoreError
-    from calm_pl.training.comparison import report, run_comparison
+    from calm_pl.report.methods import report
+    from calm_pl.training.comparison import run_comparison
     from calm_pl.training.module import CalmModule
 
     parser = ArgumentParser(

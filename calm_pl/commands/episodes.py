@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.data.datamodule import AudioEpisodeDataModule
     from calm_pl.headstore import HeadStoreError
-    from calm_pl.training.comparison import report
+    from calm_pl.report.methods import report
     from calm_pl.training.few_shot import run_episodes
     from calm_pl.training.module import CalmModule
 
