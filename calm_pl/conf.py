@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ def given_options(arguments: Sequence[str]) -> dict[str, str]:
         option, equals, value = argument.partition("=")
         options[option] = value if equals else following
     return options
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested configuration: ``{"a": {"b": 1}}`` gives ``a.b`` and 1."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def find_config(group: str, name: str) -> Path | None:

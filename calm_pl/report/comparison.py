@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from calm_pl.conf import flat
 from calm_pl.methods.compare import half_width, mean_and_half
 from calm_pl.progress import Task
 from calm_pl.report import plots
@@ -247,7 +248,7 @@ def _fold(run: Run) -> str:
 def _labelled_by(runs: Sequence[Run]) -> list[str]:
     """What is added to the names of each run's methods: to learn from labels that a model gave, or from its surest
     ones, is another method of the same question."""
-    settings = [dict(_flat(run.config.get("data") or {}, "data.")) for run in runs]
+    settings = [_values(run.config) for run in runs]
     manifests = {one["data.pseudo_labels"] for one in settings if one.get("data.pseudo_labels")}
     added = []
     for run, one in zip(runs, settings, strict=True):
@@ -263,7 +264,7 @@ def _settings(runs: Iterable[Run]) -> list[str]:
     settings = [
         {
             name: value
-            for name, value in _flat(run.config, "")
+            for name, value in _values(run.config).items()
             if name.startswith(("data.", "model.", *OTHERS)) and not DRAWS.fullmatch(name)
         }
         for run in runs
@@ -276,13 +277,9 @@ def _settings(runs: Iterable[Run]) -> list[str]:
     return [", ".join(f"{name.rpartition('.')[2]}={one.get(name)}" for name in differing) for one in settings]
 
 
-def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values, paths by where they lead."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, _led_to(value) if prefix + name in PATHS and value else value
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted name, paths by where they lead."""
+    return {name: _led_to(value) if name in PATHS and value else value for name, value in flat(config)}
 
 
 def _led_to(path: str) -> str:

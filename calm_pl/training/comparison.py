@@ -19,6 +19,7 @@ from torch import Tensor
 
 from calm_pl.backbone.precision import arithmetic
 from calm_pl.clip import Clip
+from calm_pl.conf import flat
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Recipe
 from calm_pl.data.splits import check_disjoint, draw_support
@@ -122,21 +123,13 @@ def check_same_question(
     file = out / QUESTION_FILE
     known = json.loads(file.read_text()) if file.exists() else asked
     methods = {**asked["methods"], **known.get("methods", {})}
-    before = _leaves({**known, "methods": methods})
-    now = _leaves({**asked, "methods": {**methods, **asked["methods"]}})
+    before = dict(flat({**known, "methods": methods}))
+    now = dict(flat({**asked, "methods": {**methods, **asked["methods"]}}))
     differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differing:
         was, wanted = (", ".join(f"{name} {one.get(name)}" for name in differing) for one in (before, now))
         raise ValueError(f"{out} holds a comparison of {was}; this one is of {wanted}: give it another folder (--out).")
     write_json(file, {**asked, "methods": methods})
-
-
-def _leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    leaves: dict[str, Any] = {}
-    for name, value in nested.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
 
 
 def clips_and_folds(recipe: Recipe, splits: int = 1) -> tuple[list[Clip], list[Fold]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from calm_pl.conf import flat
 
 # Where a run lies, not what it computes.
 PLACES = {"run_dir", "trainer.default_root_dir", "trainer.logger.init_args.save_dir"}
@@ -21,18 +23,9 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _whole(value) for name, value in _flat(config) if name not in PLACES}
+    return {name: _whole(value) for name, value in flat(config) if name not in PLACES}
 
 
 def _whole(value: Any) -> Any:
     """A path as a run keeps it, wherever it is looked at from."""
     return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a nested configuration."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
