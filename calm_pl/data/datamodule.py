@@ -131,7 +131,12 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             store.clip_keys(self.clips)
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the support set. The same on every rank; repeated calls change nothing."""
+        """Draw the support set. The same on every rank; repeated calls change nothing.
+
+        Raises:
+            ValueError: shards are to be learned from or kept; too few clips or classes; a test clip is known from
+                training, or of a class that is not.
+        """
         if self.clips:
             return
         if self.streams:
@@ -143,6 +148,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
             self.parts = dict.fromkeys(PARTS, range(0))
             self.expect([])
             return
+        self._draw_parts()
+        self._number_classes()
+
+    def _draw_parts(self) -> None:
+        """The clips of every part, one part behind another."""
         clips = self.asked(self.recipe.clips())
         pool = [clip for clip in clips if clip.split == "train"]
         test = [clip for clip in clips if clip.split == "test"]
@@ -163,7 +173,10 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         for part, clips in zip(PARTS, (support, test, validation, others), strict=True):
             self.parts[part] = range(len(self.clips), len(self.clips) + len(clips))
             self.clips += clips
-        self.classes = sorted({label for clip in support for label in clip.labels})
+
+    def _number_classes(self) -> None:
+        """The classes of the support set by name, and those of each clip by number."""
+        self.classes = sorted({label for i in self.parts["support"] for label in self.clips[i].labels})
         class_index = {label: index for index, label in enumerate(self.classes)}
         if len(self.classes) < 2:
             raise ValueError(
@@ -268,8 +281,7 @@ class AudioEpisodeDataModule(L.LightningDataModule):
 
         A clip with several labels comes once for each of them, as an example of that class.
         """
-        positions = self.usable("support")
-        found = next(iter(StoredHeads(self.store, self.keys, self.labels, positions, chunk=max(1, len(positions)))))
+        found = self._whole("support")
         if not self.multi_label:
             return found
         rows, labels = found.labels_B.nonzero(as_tuple=True)
@@ -277,10 +289,11 @@ class AudioEpisodeDataModule(L.LightningDataModule):
 
     def unlabelled_heads(self) -> Tensor | None:
         """Head outputs (N, K, D) of the clips without labels, whole; None where there are none."""
-        positions = self.usable("unlabelled")
-        if not positions:
-            return None
-        return next(iter(StoredHeads(self.store, self.keys, self.labels, positions, chunk=len(positions)))).heads_BKD
+        return self._whole("unlabelled").heads_BKD if self.usable("unlabelled") else None
+
+    def _whole(self, part: str) -> LabelledHeads:
+        positions = self.usable(part)
+        return next(iter(StoredHeads(self.store, self.keys, self.labels, positions, chunk=max(1, len(positions)))))
 
     def among_options(self, indices_B: Tensor, probabilities_BC: Tensor) -> Tensor:
         """Probabilities of the clips at these positions, restricted to their options where that is asked for."""
