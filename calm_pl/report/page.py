@@ -60,6 +60,7 @@ def write_report(folder: str | Path, mistakes: int = MISTAKES, redraw: bool = Tr
         "plots": draw(run, redraw),
         "sweep": _sweep_curve(run),
         "heads": trusted_heads(run),
+        "maps_shown": plots.MAPS_SHOWN,
         "specialisation": run.specialisation,
         "mistakes": [] if not mistakes else heard(run.mistakes[:mistakes]),
         "command": f"calm fit --config {shlex.quote(str(run.folder / 'config.yaml'))}",

@@ -130,11 +130,9 @@ def confusion(counts_CC: Tensor, classes: Sequence[str]) -> Figure:
                 column, row, str(int(counts_CC[row, column])), ha="center", va="center",
                 fontsize=8, color="white" if dark else INK,
             )  # fmt: skip
-    axes.set_xticks(range(C), classes, rotation=90)
-    axes.set_yticks(range(C), classes)
+    _name_classes(axes, classes)
     axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
-    axes.spines[:].set_visible(True)
     return figure
 
 
@@ -158,34 +156,30 @@ def class_accuracy(classes: Sequence[ClassAccuracy]) -> Figure:
 @styled
 def head_map(weights_KC: Tensor, sites: Mapping[str, int]) -> Figure:
     """Weight of each head, mean over classes: attention blocks (rows) by heads."""
-    grid = _grid(weights_KC.mean(1), sites)
-    rows, columns = grid.shape
+    rows, columns = len(sites), max(sites.values())
     figure, axes = _figure(max(1.6, 0.19 * rows + 0.9))
-    axes.imshow(_shade(grid / grid.nan_to_num().max().clamp_min(1e-12)), interpolation="none", aspect="auto")
+    _draw_map(axes, weights_KC.mean(1), sites)
     for row in range(1, rows):
         axes.axhline(row - 0.5, color=INK, linewidth=0.2)
     axes.set_yticks(range(rows), list(sites), fontsize=8 if rows <= 24 else 6)
     axes.set_xticks(range(0, columns, max(1, columns // 8)))
     axes.set_xlabel("head in its block")
-    axes.spines[:].set_visible(True)
     return figure
 
 
 @styled
 def class_head_maps(weights_KC: Tensor, sites: Mapping[str, int], classes: Sequence[str]) -> Figure:
-    """One small map a class (the first 24), each scaled to its own strongest head."""
+    """One small map a class (the first MAPS_SHOWN), each scaled to its own strongest head."""
     shown = list(classes)[:MAPS_SHOWN]
     columns = min(6, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(1.45 * columns, 1.5 * rows), layout="constrained")
     for number, name in enumerate(shown):
         axes = figure.add_subplot(rows, columns, number + 1)
-        grid = _grid(weights_KC[:, number], sites)
-        axes.imshow(_shade(grid / grid.nan_to_num().max().clamp_min(1e-12)), interpolation="none", aspect="auto")
+        _draw_map(axes, weights_KC[:, number], sites)
         axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.spines[:].set_visible(True)
     return figure
 
 
@@ -199,10 +193,7 @@ def head_share(weights_KC: Tensor) -> Figure:
     axes.fill_between(count, low, high, color=BLUE, alpha=0.25, linewidth=0, label="range over classes")
     axes.plot(count, 100 * carried_KC.mean(1), color=BLUE, label="mean over classes")
     axes.axhline(90, color=INK, linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks := _doublings(len(carried_KC)), list(map(str, ticks)))
-    axes.minorticks_off()
-    axes.set_ylim(0, 102)
+    _count_heads(axes, len(carried_KC))
     axes.set_xlabel("strongest heads of a class")
     axes.set_ylabel("share of its weight, %")
     axes.legend(loc="lower right")
@@ -270,11 +261,9 @@ def ablation(change_CC: Tensor, classes: Sequence[str]) -> Figure:
         for row, column in change_CC.round(decimals=2).nonzero().tolist():
             points = f"{100 * float(change_CC[row, column]):.0f}"
             axes.text(column, row, points, ha="center", va="center", fontsize=7)
-    axes.set_xticks(range(C), classes, rotation=90)
-    axes.set_yticks(range(C), classes)
+    _name_classes(axes, classes)
     axes.set_xlabel("change in the accuracy of, points")
     axes.set_ylabel("without the heads of")
-    axes.spines[:].set_visible(True)
     return figure
 
 
@@ -285,10 +274,7 @@ def heads_kept(kept: Mapping[int, float]) -> Figure:
     counts = list(kept)
     axes.plot(counts, [100 * accuracy for accuracy in kept.values()], "o-", color=BLUE, markersize=4)
     axes.axhline(90 * kept[max(counts)], color=INK, linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks := _doublings(max(counts)), list(map(str, ticks)))
-    axes.minorticks_off()
-    axes.set_ylim(0, 102)
+    _count_heads(axes, max(counts))
     axes.set_xlabel("heads kept")
     axes.set_ylabel("accuracy, %")
     return figure
@@ -314,5 +300,24 @@ def _shade(strength: Tensor, colour: str = BLUE) -> Any:
     return torch.cat([rgb.expand(*strength.shape, 3), opacity], dim=-1).numpy()
 
 
-def _doublings(last: int) -> list[int]:
-    return [2**power for power in range(last.bit_length())]
+def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
+    """Frame a matrix of classes by classes."""
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.spines[:].set_visible(True)
+
+
+def _draw_map(axes: Axes, weights_K: Tensor, sites: Mapping[str, int]) -> None:
+    """Attention blocks (rows) by heads, in a frame; the deeper the colour, the closer to the strongest head."""
+    grid = _grid(weights_K, sites)
+    axes.imshow(_shade(grid / grid.nan_to_num().max().clamp_min(1e-12)), interpolation="none", aspect="auto")
+    axes.spines[:].set_visible(True)
+
+
+def _count_heads(axes: Axes, most: int) -> None:
+    """A percentage over 1, 2, 4, ... heads."""
+    doublings = [2**power for power in range(most.bit_length())]
+    axes.set_xscale("log")
+    axes.set_xticks(doublings, list(map(str, doublings)))
+    axes.minorticks_off()
+    axes.set_ylim(0, 102)
