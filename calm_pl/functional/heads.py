@@ -1,5 +1,4 @@
-"""What each head believes: prototypes, cosines and posteriors, also with every clip left out of its own
-class.
+"""What each head believes: prototypes, cosines and posteriors, also with every clip left out of its own class.
 
 Shapes: N clips, K heads, D head dimension, C classes.
 """
@@ -33,8 +32,7 @@ def class_prototypes(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> T
         Prototypes of shape (C, K, D), float32; zeros for a class without a clip.
 
     Raises:
-        ValueError: naming the argument that has a wrong shape or dtype, a NaN or infinity, or a label out of
-        range.
+        ValueError: naming the argument that has a wrong shape or dtype, a NaN or infinity, or a label out of range.
     """
     check_heads("heads_NKD", heads_NKD)
     check_labels(labels_N, len(heads_NKD), num_classes)
@@ -78,15 +76,13 @@ def leave_one_out_posteriors(heads_NKD: Tensor, labels_N: Tensor, num_classes: i
 
 @without_autocast
 def cosines(queries_NKD: Tensor, prototypes_CKD: Tensor) -> Tensor:
-    """Cosine of every query with every prototype, head by head: (N, K, C), float32. Norms are clamped at
-    1e-8."""
+    """Cosine of every query with every prototype, head by head: (N, K, C), float32. Norms are clamped at MIN_NORM."""
     return unit(queries_NKD.float()).transpose(0, 1).matmul(unit_columns(prototypes_CKD)).transpose(0, 1)
 
 
 @without_autocast
 def leave_one_out_cosines(heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
-    """`cosines` of labelled clips, the own class's prototype made without the clip itself: (N, K, C),
-    float32."""
+    """`cosines` of labelled clips, the own class's prototype made without the clip itself: (N, K, C), float32."""
     heads_NKD = heads_NKD.float()
     prototypes_CKD = class_means(heads_NKD, labels_N, num_classes)
     counts_N = torch.bincount(labels_N, minlength=num_classes)[labels_N][:, None, None]

@@ -156,8 +156,7 @@ class HeadMetric:
         return rest_K[:, None, None] * (identity_DD + (axes_KDR * stretch_KR[:, None]) @ axes_KDR.mT)
 
     def ledoit_wolf(self) -> Tensor:
-        """The g of each head that Ledoit and Wolf (2004) derive for the covariance of independent samples:
-        (K,)."""
+        """The g of each head that Ledoit and Wolf (2004) derive for the covariance of independent samples: (K,)."""
         count = max(1, self.freedom)
         square_K = self.values_KM.square().sum(1)
         distance_K = (square_K - self.dimension_K).clamp_min(1e-12)
@@ -205,7 +204,7 @@ def whitening(
 
 
 def _basis(heads_NKD: Tensor) -> Tensor:
-    """An orthonormal basis of what each head says of these clips, (K, D, N), fewer than dimensions."""
+    """An orthonormal basis of what each head says of clips that are fewer than its dimensions: (K, D, N)."""
     basis_KDN: Tensor = torch.linalg.qr(heads_NKD.float().permute(1, 2, 0))[0]
     return basis_KDN
 

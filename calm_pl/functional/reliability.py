@@ -58,8 +58,7 @@ def clip_evidence(posteriors_NKC: Tensor, labels_N: Tensor, scheme: str) -> Tens
 
 @without_autocast
 def global_reliability(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
-    """One reliability a head, GRW's: the mean over all labelled clips of max(0, p_y - max over the other
-    classes of p).
+    """One reliability a head, GRW's: the mean over labelled clips of max(0, p_y - max over the other classes of p).
 
     Returns:
         Reliability of shape (K,), float32. Clips labelled -1 are ignored; without any labelled clip it is 0.
@@ -133,8 +132,7 @@ def head_weights(reliability_KC: Tensor, scheme: str, tau_w: float = 1.0, top_k:
 
 @without_autocast
 def global_weights(reliability_K: Tensor, tau_w: float = 1.0, top_k: int | None = None) -> Tensor:
-    """GRW's weights, one for each head and shared by all classes: softmax of r / tau_w over the top_k heads,
-    0 elsewhere.
+    """GRW's weights, one a head and shared by all classes: softmax of r / tau_w over the top_k heads, 0 elsewhere.
 
     Returns:
         Weights of shape (K,), float32, non-negative, summing to 1.
@@ -147,8 +145,7 @@ def global_weights(reliability_K: Tensor, tau_w: float = 1.0, top_k: int | None 
 
 
 def top_heads(reliability_KC: Tensor, top_k: int | None) -> Tensor:
-    """Mask (K, C) of the top_k heads of each column; a stable sort puts the lower index first among
-    equals."""
+    """Mask (K, C) of the top_k heads of each column; a stable sort puts the lower index first among equals."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all heads; got {top_k}")
     if top_k is None or top_k >= len(reliability_KC):

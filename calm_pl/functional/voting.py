@@ -53,8 +53,7 @@ def vote(
     weigh = torch.mul if watched else Tensor.mul_  # in place, unless autograd needs the posteriors as they were
     scores_NC = torch.zeros(len(queries_NKD), num_classes, device=queries_NKD.device)
     for clips in chunks(len(queries_NKD), chunk_size or CLIPS_AT_A_TIME):
-        # A few heads at a time: their posteriors stay in the processor's cache, and no copy of all heads is
-        # made.
+        # A few heads at a time: their posteriors stay in the processor's cache, and no copy of all heads is made.
         for heads in chunks(num_heads, default_chunk_size(clips.stop - clips.start, num_classes)):
             # Temperature and norm are applied where the query is still D wide, not C wide.
             queries_KND = (unit(queries_NKD[clips, heads].float()) / tau_K1[heads]).transpose(0, 1)

@@ -27,8 +27,7 @@ DEFAULT_WHITENED = Formula(tau=0.15)
 
 
 class Calm(MetricSpace):
-    """CALM (Mehta et al., arXiv 2602.07077) with leave-one-out prototypes and choices made on the support set
-    alone.
+    """CALM (Mehta et al., arXiv 2602.07077) with leave-one-out prototypes and choices made on the support set alone.
 
     Whatever is not given is chosen by cross-validated accuracy, ties by likelihood.
 

@@ -20,8 +20,7 @@ MAX_POSTERIORS = 2**24
 
 @dataclass(frozen=True)
 class Episodes:
-    """What one optimiser step sees: cosines of queries with prototypes they had no part in, and their
-    classes.
+    """What one optimiser step sees: cosines of queries with prototypes they had no part in, and their classes.
 
     `total` counts the queries of all ranks, so that a sum over them divided by it is the mean over the step.
     """
@@ -92,8 +91,7 @@ class EpisodeSource:
         return Episodes(cosines_QKC, self.labels_N[clips], dropped_K.to(device), len(order_N))
 
     def _random_split(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Prototypes of random clips; the metric is the support set's, with each query's residual taken out
-        of it."""
+        """Prototypes of random clips; the metric is the support set's, with each query's residual taken out of it."""
         assert self.shots is not None
         labels_N, num_classes = self.labels_N, self.left_out.num_classes
         order_N = torch.randperm(len(labels_N), generator=generator).to(labels_N.device)

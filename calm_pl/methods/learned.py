@@ -32,13 +32,12 @@ PARAMETERS = ("moves_KC", "head_moves_KR", "class_moves_RC", "log_tau", "bias_C"
 
 
 class LearnedWeights(MetricSpace):
-    """CALM with learned weights: w = entmax over heads of logits[k,c], in the metric that the support set
-    chooses.
+    """CALM with learned weights: w = entmax over heads of logits[k,c], in the metric that the support set chooses.
 
     The score is CALM's, s[n,c] = sum over k of w[k,c] p[n,k,c]. The logits start at leave-one-out formula
     weights that all classes share; how far they may move from there, and from one another, is itself
-    cross-validated, and where moving does not clearly help the start stays. Where no
-    class has two clips nothing can be left out, and the start has default settings.
+    cross-validated, and where moving does not clearly help the start stays. Where no class has two clips
+    nothing can be left out, and the start has default settings.
 
     `start` chooses, calibrates and creates the parameters, `training_loss` is one step's loss, `finish` lets go of the
     support set; `fit` does all three with a plain loop. Parameters: `moves_KC` (logits relative to the start, in units
@@ -165,12 +164,7 @@ class LearnedWeights(MetricSpace):
         prototypes_CKD = F.class_prototypes(heads_NKD, labels_N, num_classes)
         metric, shrinkage = self.estimate(heads_NKD, labels_N, num_classes, self.one_shot.centre)
         clips = judged_clips(labels_N, heads_NKD.shape[1] * num_classes)
-        if len(clips):
-            hearing = Hearing.of(prototypes_CKD, self.heard_spread * num_classes / len(labels_N), self.tau_of_spread)
-        else:
-            hearing = Hearing.of(prototypes_CKD, self.one_shot.heard_spread, self.one_shot.tau_of_spread)
-        if self.tau is not None:
-            hearing = replace(hearing, least_tau_K=torch.zeros_like(hearing.least_tau_K))
+        hearing = self._hearing(prototypes_CKD, len(labels_N) if len(clips) else None)
         left_out = LeaveOneOut(heads_NKD, labels_N, num_classes, metric)
         if len(clips):
             choices = choose_start(left_out, clips, hearing, self.search, self._given(), self.evidence)
@@ -186,13 +180,13 @@ class LearnedWeights(MetricSpace):
                 return weights_KC
             return (count * weights_KC + self.base_clips * base_K1) / (count + self.base_clips)
 
-        def start(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
+        def start_weights(posteriors_NKC: Tensor, labels_N: Tensor) -> Tensor:
             return with_base(shared_weights(posteriors_NKC, labels_N, heard_K, power), len(labels_N))
 
         if len(clips):
             folds = Folds.of(left_out, clips, shrinkage, tau_K)
-            weights_KC = start(folds.posteriors_NKC, folds.labels_N)
-            choices |= self._choose_trust(folds, start)
+            weights_KC = start_weights(folds.posteriors_NKC, folds.labels_N)
+            choices |= self._choose_trust(folds, start_weights)
         else:
             alike_KC = F.head_weights(heard_K[:, None], "margin_clamped").expand(-1, num_classes)
             weights_KC = with_base(alike_KC, len(labels_N))
@@ -233,6 +227,17 @@ class LearnedWeights(MetricSpace):
         given = {"centre": self.centre, "shrinkage": self.shrinkage, "tau": self.tau}
         return {name: value for name, value in given.items() if value is not None}
 
+    def _hearing(self, prototypes_CKD: Tensor, num_clips: int | None) -> Hearing:
+        """What each head hears by prototypes of so many clips in all; None where no clip can be left out."""
+        if num_clips is None:
+            hearing = Hearing.of(prototypes_CKD, self.one_shot.heard_spread, self.one_shot.tau_of_spread)
+        else:
+            enough = self.heard_spread * len(prototypes_CKD) / num_clips
+            hearing = Hearing.of(prototypes_CKD, enough, self.tau_of_spread)
+        if self.tau is None:
+            return hearing
+        return replace(hearing, least_tau_K=torch.zeros_like(hearing.least_tau_K))  # the caller's tau holds for all
+
     def _choose_trust(self, folds: Folds, start: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         """How far to move from the start, cross-validated for all settings at once."""
         settings = [
@@ -261,8 +266,7 @@ class LearnedWeights(MetricSpace):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(*shape, device=device)))
         if self.rank is not None:
-            # One factor must not be zero, or neither would ever move; the first column is shared by all
-            # classes.
+            # One factor must not be zero, or neither would ever move; the first one is shared by all classes.
             generator = torch.Generator().manual_seed(self.seed)
             factors_RC = torch.randn(self.rank, num_classes, generator=generator)
             factors_RC[0] = 1

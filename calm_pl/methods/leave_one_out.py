@@ -87,8 +87,7 @@ class LeaveOneOut:
         return self.metric.inverse_roots(shrinkage)[:, None]
 
     def metric_gain(self, residual_KND: Tensor, counts_N: Tensor, shrinkage: float | str | Tensor | None) -> Tensor:
-        """What taking a clip's residual z out of the metric adds to inner products, per product with z: (K,
-        N, 1).
+        """What taking a clip's residual z out of the metric adds to inner products, per product with z: (K, N, 1).
 
         Sherman-Morrison: (A - a z z')^-1 = A^-1 + A^-1 z z' A^-1 a / (1 - a z' A^-1 z).
         """

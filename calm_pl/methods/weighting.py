@@ -1,5 +1,4 @@
-"""Class-conditional weights that can be optimised: entmax over heads of logits that start at a formula's
-weights.
+"""Class-conditional weights that can be optimised: entmax over heads of logits that start at a formula's weights.
 
 Shapes: N clips, K heads, C classes, R rank, F settings tried side by side.
 """
@@ -37,8 +36,7 @@ def entmax_logits(weights_KC: Tensor, alpha: float) -> Tensor:
 
 
 def step_size(num_heads: int, alpha: float) -> float:
-    """What a logit must move by to change a weight of 1/K by the factor e, about: 1 for softmax, less for
-    others."""
+    """What a logit must move by to change a weight of 1/K by the factor e, about: 1 for softmax, less for others."""
     return math.pow(num_heads, 1 - alpha)
 
 
