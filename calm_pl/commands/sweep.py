@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,29 +100,7 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
         raise ValueError(f"{file}: not YAML ({error}).") from None
     if not isinstance(sweep, Mapping) or not isinstance(sweep.get("parameters"), Mapping):
         raise ValueError(f"{file} is no sweep: it has no parameters (see conf/sweep/shots.yaml for one).")
-    command = [str(part) for part in sweep.get("command", ["${program}", "fit", "${args}"])]
-    if "fit" not in command or sweep.get("program") != "calm":
-        raise ValueError(f"{file} does not run `calm fit`: give it program: calm and a command with fit.")
-    fixed = [part for part in command[command.index("fit") + 1 :] if not part.startswith("${")]
-    # Without a server nothing is logged there, unless --logger is given to `calm sweep` itself.
-    fixed = [
-        part
-        for before, part in zip(["", *fixed], fixed, strict=False)
-        if not part.startswith("--logger") and not (before == "--logger" and not part.startswith("--"))
-    ]
-    parameters = sweep["parameters"]
-    drawn: Iterable[tuple[Any, ...]]
-    if sweep.get("method") == "grid":
-        drawn = itertools.product(*(_choices(file, name, about) for name, about in parameters.items()))
-    elif sweep.get("method") in ("random", "bayes"):
-        rng = random.Random(0)
-        count = sweep.get("run_cap", RUN_CAP)
-        drawn = [tuple(_draw(file, name, about, rng) for name, about in parameters.items()) for _ in range(count)]
-        if sweep["method"] == "bayes":
-            say(f"{file.name}: its {count} points are drawn at random; to search, wandb sweep {file}")
-    else:
-        raise ValueError(f"{file} has method: {sweep.get('method')}: choose grid, random or bayes.")
-    drawn = list(drawn)
+    fixed, parameters, drawn = _fixed_arguments(file, sweep), sweep["parameters"], _drawn(file, sweep)
     points = []
     for values in {json.dumps(values, default=str): values for values in drawn}.values():
         point = dict(zip(parameters, values, strict=True))
@@ -136,6 +114,35 @@ def read_points(file: Path, extra: Sequence[str] = ()) -> list[Point]:
     if given & parameters.keys():
         say(f"{file.name} varies {', '.join(sorted(given & parameters.keys()))}: what is given for it does not count")
     return points
+
+
+def _fixed_arguments(file: Path, sweep: Mapping[str, Any]) -> list[str]:
+    """What the sweep's command gives to `calm fit` at every point."""
+    command = [str(part) for part in sweep.get("command", ["${program}", "fit", "${args}"])]
+    if "fit" not in command or sweep.get("program") != "calm":
+        raise ValueError(f"{file} does not run `calm fit`: give it program: calm and a command with fit.")
+    fixed = [part for part in command[command.index("fit") + 1 :] if not part.startswith("${")]
+    # Without a server nothing is logged there, unless --logger is given to `calm sweep` itself.
+    return [
+        part
+        for before, part in zip(["", *fixed], fixed, strict=False)
+        if not part.startswith("--logger") and not (before == "--logger" and not part.startswith("--"))
+    ]
+
+
+def _drawn(file: Path, sweep: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The values of the parameters at every point, as the sweep's method has them; some may repeat."""
+    parameters = sweep["parameters"]
+    if sweep.get("method") == "grid":
+        return list(itertools.product(*(_choices(file, name, about) for name, about in parameters.items())))
+    if sweep.get("method") not in ("random", "bayes"):
+        raise ValueError(f"{file} has method: {sweep.get('method')}: choose grid, random or bayes.")
+    rng = random.Random(0)
+    count = sweep.get("run_cap", RUN_CAP)
+    drawn = [tuple(_draw(file, name, about, rng) for name, about in parameters.items()) for _ in range(count)]
+    if sweep["method"] == "bayes":
+        say(f"{file.name}: its {count} points are drawn at random; to search, wandb sweep {file}")
+    return drawn
 
 
 def fit_config(point: Point) -> dict[str, Any]:

@@ -233,16 +233,7 @@ def checkpoint_arguments(arguments: list[str]) -> list[str]:
             f"--ckpt_path {file} is not there: name a folder that `calm fit` left (its --run_dir, below runs/ by "
             "default), or a checkpoint file."
         )
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        config = yaml.safe_load(checkpoint[CHECKPOINT_KEY]["config"])
-    except Exception as error:  # whatever torch makes of bytes that are no checkpoint
-        raise ValueError(
-            f"--ckpt_path {file} is damaged, or no checkpoint of `calm fit`, which keeps its configuration there "
-            f"({type(error).__name__}): name another run, or give --config too."
-        ) from error
-    for name in ("ckpt_path", "test_after_fit"):
-        config.pop(name, None)
+    config = _kept_config(file)
     folder = file.resolve().parent
     run = folder.parent if folder.name == LAST_CHECKPOINT.parent.name else folder / file.stem
     other = _other_data(arguments, config["data"]["recipe"])
@@ -253,6 +244,19 @@ def checkpoint_arguments(arguments: list[str]) -> list[str]:
         yaml.safe_dump(config, handle, sort_keys=False)
     atexit.register(os.unlink, scratch)
     return [arguments[0], "--config", scratch, *arguments[1:]]
+
+
+def _kept_config(file: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was fitted with, but for what counts in a fit alone."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config: dict[str, Any] = yaml.safe_load(checkpoint[CHECKPOINT_KEY]["config"])
+    except Exception as error:  # whatever torch makes of bytes that are no checkpoint
+        raise ValueError(
+            f"--ckpt_path {file} is damaged, or no checkpoint of `calm fit`, which keeps its configuration there "
+            f"({type(error).__name__}): name another run, or give --config too."
+        ) from error
+    return {name: value for name, value in config.items() if name not in ("ckpt_path", "test_after_fit")}
 
 
 def _other_data(arguments: list[str], recipe: dict[str, Any]) -> str | None:
