@@ -7,7 +7,12 @@ import csv
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calm_pl.clip import Clip
 
 
 def main(argv: list[str]) -> int:
@@ -38,20 +43,25 @@ def main(argv: list[str]) -> int:
         found = suggester.suggest(options.by or ("margin" if options.run else "coverage"), options.count)
     except (BackboneError, HeadStoreError, ValueError, FileNotFoundError) as error:
         sys.exit(f"calm: error: {error}")
+    _write(out, found)
+    print(f"{len(found)} of {len(suggester.clips)} clips to label: fill the column label, then")
+    print(f"calm fit --data manifest --data.recipe.init_args.data_dir {shlex.quote(str(out))} --data.shots null")
+    return 0
+
+
+def _write(out: Path, suggested: Sequence[tuple[Clip, str]]) -> None:
+    """Write clips as a CSV manifest without labels, each with what a classifier takes it for; whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     with scratch.open("w", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)  # a name may begin with a space
         above = os.path.realpath(out.parent)
         writer.writerow(["audio", "start", "end", "label", "prediction"])
-        for clip, guess in found:
+        for clip, guess in suggested:
             times = ["" if second is None else second for second in (clip.start, clip.end)]
             folder, name = os.path.split(clip.audio)  # links to folders lead elsewhere than `..` in a text does
             writer.writerow([os.path.relpath(os.path.join(os.path.realpath(folder), name), above), *times, "", guess])
     scratch.replace(out)
-    print(f"{len(found)} of {len(suggester.clips)} clips to label: fill the column label, then")
-    print(f"calm fit --data manifest --data.recipe.init_args.data_dir {shlex.quote(str(out))} --data.shots null")
-    return 0
 
 
 def _has_labels(file: Path) -> bool:

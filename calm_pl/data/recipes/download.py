@@ -20,6 +20,7 @@ from calm_pl.data.recipes.base import DataMissingError, absent
 from calm_pl.progress import Task
 
 _CHUNK = 1 << 20
+_TIMEOUT_SECONDS = 30  # without a byte
 _ATTEMPTS = 5
 
 
@@ -92,7 +93,7 @@ def _download(url: str, partial: Path) -> None:
         held = partial.stat().st_size if partial.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={held}-"} if held else {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:
                 resumed = reply.status == 206
                 rest = int(reply.headers.get("Content-Length") or 0)
                 _receive(reply, partial, held if resumed else 0, rest)

@@ -76,7 +76,8 @@ class HuggingFace:
         clips = [clip for split, theirs in splits.items() if theirs for clip in self._written(folder, split, theirs)]
         write_manifest(clips, folder / "manifest.jsonl")
 
-    def _written(self, folder: Path, split: str, theirs: str) -> Iterator[Clip]:
+    def _rows(self, theirs: str) -> Any:
+        """The rows of one of their splits, audio as the bytes of its files; checked for the columns that are wanted."""
         try:
             datasets = import_module("datasets")
         except ImportError:
@@ -90,7 +91,11 @@ class HuggingFace:
         if not wanted <= columns:
             absent, there = ", ".join(sorted(wanted - columns)), ", ".join(sorted(columns))
             raise DataMissingError(f"{self.path}: no column {absent}; it has {there}")
-        rows = rows.cast_column(self.audio_column, datasets.Audio(decode=False))
+        return rows.cast_column(self.audio_column, datasets.Audio(decode=False))
+
+    def _written(self, folder: Path, split: str, theirs: str) -> Iterator[Clip]:
+        """Write the sounds of one of their splits as files; the clips come as they are written."""
+        rows = self._rows(theirs)
         labelled = unlabelled = 0
         for number, row in enumerate(islice(rows, self.max_clips)):
             label = _label(row[self.label_column], rows.features[self.label_column])

@@ -71,5 +71,6 @@ class Mlaad:
             for path in paths
         ]  # fmt: skip
 
-    def _reader(self, path: Path) -> str:
+    @staticmethod
+    def _reader(path: Path) -> str:
         return path.parents[2].name
