@@ -196,24 +196,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def clip_of_row(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Clip:
-    """Check one row; `ignored` counts the names that no clip has."""
-    if not isinstance(row, Mapping):
-        raise ManifestError(f"{where}: expected an object with 'audio' and 'label', found {row!r}")
-    values: dict[str, Any] = {}
-    for key, value in row.items():
-        name = _ALIASES.get(key, key)
-        if name in _FIELDS and value is not None:
-            if name in values and values[name] != value:
-                other = next(alias for alias, meant in _ALIASES.items() if meant == name)
-                raise ManifestError(
-                    f"{where}: {name!r} and {other!r} mean the same, but are {values[name]!r} and {value!r}; keep one"
-                )
-            values[name] = value
-        elif name not in (*_FIELDS, *_HINTS):
-            ignored[key] += 1
-    if not values.get("audio") and not values.get("video"):
-        raise ManifestError(f"{where}: no 'audio' (a path); found {', '.join(row) or 'nothing'}")
-    values.setdefault("audio", values.get("video"))  # its sound track
+    """The clip that a row describes.
+
+    Args:
+        row: what was read of it; anything.
+        folder: what its paths are relative to.
+        where: the file and line, for messages.
+        ignored: counts the names that no clip has.
+
+    Raises:
+        ManifestError: it describes no clip; names what is wrong.
+    """
+    values = _fields_of(row, where, ignored)
     for name in ("audio", "video", "split", "group", "question"):
         if name in values:
             values[name] = _text(values[name], name, where)
@@ -237,6 +231,27 @@ def clip_of_row(row: Any, folder: Path, where: str, ignored: Counter[str]) -> Cl
     if values.get("end", math.inf) <= values.get("start", 0.0):
         raise ManifestError(f"{where}: end {values['end']:g} s is not after start {values.get('start', 0):g} s")
     return Clip(**values)
+
+
+def _fields_of(row: Any, where: str, ignored: Counter[str]) -> dict[str, Any]:
+    """The row's values by the names of a clip's fields, not checked yet; `audio` is always among them."""
+    if not isinstance(row, Mapping):
+        raise ManifestError(f"{where}: expected an object with 'audio' and 'label', found {row!r}")
+    values: dict[str, Any] = {}
+    for key, value in row.items():
+        name = _ALIASES.get(key, key)
+        if name in _FIELDS and value is not None:
+            if name in values and values[name] != value:
+                other = next(alias for alias, meant in _ALIASES.items() if meant == name)
+                raise ManifestError(
+                    f"{where}: {name!r} and {other!r} mean the same, but are {values[name]!r} and {value!r}; keep one"
+                )
+            values[name] = value
+        elif name not in (*_FIELDS, *_HINTS):
+            ignored[key] += 1
+    if not values.get("audio") and not values.get("video"):
+        raise ManifestError(f"{where}: no 'audio' (a path); found {', '.join(row) or 'nothing'}")
+    return {"audio": values.get("video"), **values}  # of a video alone, its sound track
 
 
 def _text(value: Any, name: str, where: str) -> str:
