@@ -39,6 +39,8 @@ SURELY_LONG_ENOUGH_SECONDS = 0.5
 SHORTEST_SECONDS = 0.05
 # A clip that is longer than the window by less than this loses nothing worth a warning.
 UNHEARD_SECONDS = 0.1
+# What `warn_of_cut` says behind its numbers, for those who filter that warning.
+CUT_WARNING = ".* longer than the model's window"
 EXTRACTORS = ("feature_extractor", "audio_processor")
 # Which mel frames carry sound, by the names that processors give it.
 FRAME_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")

@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     from calm_pl.audio import EXTENSIONS, NOT_UTF8, is_utf8
     from calm_pl.backbone.errors import BackboneError
+    from calm_pl.backbone.processing import CUT_WARNING
     from calm_pl.classifier import CalmClassifier
     from calm_pl.data.unlabelled import audio_files
     from calm_pl.progress import Task
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     # In a terminal the lines themselves show how far it is.
     shown = len(files) > options.batch_size and not sys.stdout.isatty()
     with warnings.catch_warnings(), Task("classifying", len(files), "files", shown) as task:
-        warnings.filterwarnings("ignore", message=".* longer than the model's window")  # of each batch again
+        warnings.filterwarnings("ignore", message=CUT_WARNING)  # of each batch again
         for first in range(0, len(files), options.batch_size):
             batch = files[first : first + options.batch_size]
             told, reasons = _classes_of(batch, classifier, top)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from calm_pl.backbone.processing import CUT_WARNING
 from calm_pl.data.recipes import Recipe
 from calm_pl.methods.compare import half_width
 from calm_pl.progress import quiet, say
@@ -52,7 +53,7 @@ def run_folds(cli: CalmCLI) -> None:
         config["fit"].run_dir = str(folders[number])
         (folders[number] / "results.json").unlink(missing_ok=True)  # of another configuration
         with quiet(), warnings.catch_warnings():  # the folds are told one by one, in a line each
-            warnings.filterwarnings("ignore", message=".* longer than the model's window")  # told of all clips above
+            warnings.filterwarnings("ignore", message=CUT_WARNING)  # told of all clips above
             type(cli)(config, about=f"fold {number}")
         if "wandb" in sys.modules:  # else the next fold would go on in this one's W&B run
             sys.modules["wandb"].finish()

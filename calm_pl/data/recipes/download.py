@@ -55,29 +55,18 @@ def fetch_archive(root: Path, url: str, expected: Sequence[str], checksum: str |
             return
         by_hand = archive.exists()
         try:
-            if by_hand:
-                if wrong := _mismatch(archive, checksum):
-                    raise DataMissingError(
-                        f"{archive}: {wrong}: it is broken, or another version than {url}. It was left as it is; "
-                        f"put the right one there, move it away to download it, or unpack it so that "
-                        f"{root / expected[0]} exists."
-                    )
-            else:
-                _download(url, partial)
-                if wrong := _mismatch(partial, checksum):
-                    partial.unlink()
-                    raise ValueError(f"{wrong}; the file was removed")
+            if by_hand and (wrong := _mismatch(archive, checksum)):
+                raise DataMissingError(
+                    f"{archive}: {wrong}: it is broken, or another version than {url}. It was left as it is; put the "
+                    f"right one there, move it away to download it, or unpack it so that {root / expected[0]} exists."
+                )
+            if not by_hand:
+                _download_checked(url, partial, checksum)
                 partial.replace(archive)
             unpack(archive, root)
         except DataMissingError:
             raise
-        except (
-            OSError,
-            http.client.HTTPException,
-            tarfile.TarError,
-            zipfile.BadZipFile,
-            ValueError,
-        ) as error:
+        except (OSError, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
             raise DataMissingError(
                 f"{root}: could not get {url} ({error}). Fetch that file with a network and put it at "
                 f"{archive}, or unpack it so that {root / expected[0]} exists; then run this again."
@@ -86,6 +75,14 @@ def fetch_archive(root: Path, url: str, expected: Sequence[str], checksum: str |
             archive.unlink()
         if absent(root, expected):
             raise DataMissingError(f"{root}: {url} held no {', '.join(absent(root, expected))}; was it changed?")
+
+
+def _download_checked(url: str, partial: Path, checksum: str | None) -> None:
+    """Download a file. Raises ValueError, and removes it, where it is not the one that the checksum is of."""
+    _download(url, partial)
+    if wrong := _mismatch(partial, checksum):
+        partial.unlink()
+        raise ValueError(f"{wrong}; the file was removed")
 
 
 def _download(url: str, partial: Path) -> None:
