@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 SECONDS_TO_INTERRUPT_AGAIN = 0.1
 SECONDS_FOR_THE_FIRST_RANK = 3.0
 
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, as of `kill` or `timeout`, which ends a command as Ctrl-C does."""
+
+
 # command -> (module with main(argv) -> int, what it does)
 COMMANDS = {
     "fit": (
@@ -75,11 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _interruptible():
             return _run(argv)
-    except KeyboardInterrupt:
-        return _stopped()
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except SystemExit as end:  # Lightning's own, when a fit or an extraction is interrupted
         if isinstance(end.__context__, KeyboardInterrupt):
-            return _stopped()
+            return _stopped(end.__context__)
         raise
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,7 +130,8 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within the block, a Ctrl-C that Python would drop, since it fell into a finaliser or a fork, comes once more."""
+    """Within the block, a Ctrl-C that Python would drop, since it fell into a finaliser or a fork, comes once more; and
+    a SIGTERM is heard."""
     before = sys.unraisablehook
 
     def hook(dropped: UnraisableHookArgs) -> None:
@@ -136,21 +142,33 @@ def _interruptible() -> Iterator[None]:
             before(dropped)
 
     sys.unraisablehook = hook
+    # Lightning takes note of a SIGTERM, and an extraction would go on to its end. SLURM's it means to outlast.
+    hears = threading.current_thread() is threading.main_thread() and "SLURM_JOB_ID" not in os.environ
+    if hears := hears and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
         sys.unraisablehook = before
+        if hears:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _stopped() -> int:
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough; a second would break into the tidying up
+    raise Terminated
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    status = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            return 130  # torchrun stops them all
+            return status  # torchrun stops them all
         # Once this rank has ended, Lightning kills the first one. That one shall stop by itself, which ends this one,
         # too; where it waits for others and does not hear, this one speaks for it.
         time.sleep(SECONDS_FOR_THE_FIRST_RANK)
     print("calm: stopped; the same command goes on where it was", file=sys.stderr, flush=True)
-    return 130
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

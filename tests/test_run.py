@@ -311,7 +311,8 @@ sys.exit(cli.main())
 """
 
 
-def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path, stop):
     arguments = options(tones, tiny_lalm, "--run_dir", tmp_path / "run", "--data.store", tmp_path / "heads")
     command = [sys.executable, "-c", INTERRUPTIBLE, "fit", *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as fit:
@@ -319,9 +320,9 @@ def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path):
         said = ""
         for line in fit.stderr:
             if not said:
-                fit.send_signal(signal.SIGINT)
+                fit.send_signal(stop)
             said += line
-    assert fit.returncode == 130 and "calm: stopped" in said and "Traceback" not in said, said
+    assert fit.returncode == 128 + stop and "calm: stopped" in said and "Traceback" not in said, said
 
 
 def of_group(group: int) -> list[int]:
