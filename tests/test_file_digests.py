@@ -77,6 +77,29 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
     assert file_digest(path, tmp_path) == hashlib.sha256(b"two, and longer").hexdigest()
 
 
+def test_a_file_that_changes_within_one_tick_is_not_remembered_however_long_reading_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "SETTLED_NS", 50_000_000)
+    path = tmp_path / "new.wav"
+    path.write_bytes(b"one")
+    stamp = digests._stamp(str(path))
+    hashed = digests._sha256
+
+    def slow(file: str) -> str:
+        digest = hashed(file)
+        path.write_bytes(b"two")
+        time.sleep(0.1)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "_stamp", lambda _: stamp)  # of a file system whose clock stood still meanwhile
+        patch.setattr(digests, "_sha256", slow)
+        assert file_digest(path, tmp_path) == hashlib.sha256(b"one").hexdigest()
+        patch.setattr(digests, "_sha256", hashed)
+        assert file_digest(path, tmp_path) == hashlib.sha256(b"two").hexdigest()
+
+
 def test_a_torn_memory_is_forgotten(tmp_path: Path) -> None:
     digest = file_digest(old_file(), tmp_path)
     (memory,) = (tmp_path / "digests").iterdir()

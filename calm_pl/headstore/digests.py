@@ -93,6 +93,7 @@ class _Memory:
 
     def learn(self, paths: Sequence[str]) -> None:
         unknown: dict[str, Stamp] = {}
+        begun = time.time_ns()  # how long reading takes is no matter: a file may have changed right after it was read
         for path in paths:
             if path in self.digests:
                 continue
@@ -105,7 +106,7 @@ class _Memory:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             self.digests.update(zip(unknown, pool.map(_sha256, unknown), strict=True))
         for path, stamp in unknown.items():
-            settled = time.time_ns() - stamp.ctime_ns > SETTLED_NS
+            settled = begun - stamp.ctime_ns > SETTLED_NS
             if settled and _stamp(path) == stamp:
                 self._learned[_bucket_name(path)][path] = [*stamp, self.digests[path]]
 
