@@ -375,6 +375,25 @@ def test_make_leaves_out_what_cannot_be_read(tmp_path: Path, capsys: pytest.Capt
     assert errors == []
 
 
+def test_a_part_of_a_file_that_ffmpeg_decodes_is_heard_as_from_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from tests.test_video import tone, write_sound
+
+    clip = Clip(str(write_sound(tmp_path / "sound.m4a", "aac", "ipod", tone())), "a", start=0.2, end=0.6)
+    _, errors = write_shards([clip], tmp_path / "out")
+    (read,), not_heard = stream(str(tmp_path / "out"))
+    assert errors == not_heard == [] and torch.equal(read.content, heard(clip))
+
+
+@pytest.mark.parametrize("name", ["sound.wave", "sound", "sound.2"])
+def test_a_sound_of_an_unknown_suffix_is_heard_all_the_same(tmp_path: Path, name: str) -> None:
+    (clip,) = make_clips(tmp_path, 1)
+    moved = Clip(str(Path(clip.audio).rename(tmp_path / name)), "a")
+    assert write_shards([moved], tmp_path / "out")[1] == []
+    (read,), errors = stream(str(tmp_path / "out"))
+    assert errors == [] and torch.equal(read.content, heard(moved))
+
+
 def test_make_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_manifest(make_clips(tmp_path / "audio", 2), tmp_path / "clips.jsonl")
     arguments = ["make", str(tmp_path / "clips.jsonl"), str(tmp_path / "out")]

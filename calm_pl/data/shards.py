@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import soundfile
 from torch.utils.data import IterableDataset, get_worker_info
 
-from calm_pl.audio import EXTENSIONS, VIDEO_EXTENSIONS, AudioError, audio_seconds, load_audio
+from calm_pl.audio import EXTENSIONS, VIDEO_EXTENSIONS, AudioError, audio_rate, audio_seconds, load_audio
 from calm_pl.clip import Clip
 from calm_pl.data.archives import BROKEN, samples, shard_urls
 from calm_pl.data.manifest import clip_of_row, parsed_json
@@ -272,7 +272,7 @@ def _film(clip: Clip) -> dict[str, bytes]:
         video_seconds(clip.video, *stretch)
     members = {}
     if clip.audio != clip.video:
-        members[Path(clip.audio).suffix.lower()] = Path(clip.audio).read_bytes()
+        members[_suffix(clip.audio)] = Path(clip.audio).read_bytes()
     if clip.video:
         members[_VIDEO + Path(clip.video).suffix.lower()] = Path(clip.video).read_bytes()
     return members
@@ -282,12 +282,19 @@ def _sound(clip: Clip) -> dict[str, bytes]:
     """The file that a shard holds of a clip without pictures, by suffix. Raises AudioError."""
     audio_seconds(clip.audio, clip.start, clip.end)
     if clip.start is None and clip.end is None:
-        return {Path(clip.audio).suffix.lower(): Path(clip.audio).read_bytes()}
-    rate = soundfile.info(clip.audio).samplerate
+        return {_suffix(clip.audio): Path(clip.audio).read_bytes()}
+    rate = audio_rate(clip.audio)
     file = io.BytesIO()
     waveform_S = load_audio(clip.audio, rate, clip.start, clip.end)
     soundfile.write(file, waveform_S.numpy(), rate, format="AU", subtype="FLOAT")
     return {".au": file.getvalue()}
+
+
+def _suffix(audio: str) -> str:
+    """Of the member that holds a sound. Decoders look at the bytes; of one with another suffix nobody would know that
+    it is a sound (`.wave`, or none at all)."""
+    suffix = Path(audio).suffix.lower()
+    return suffix if suffix in EXTENSIONS else ".wav"
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
