@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from calm_pl.backbone import spec
 from calm_pl.backbone.answers import label_log_likelihoods
@@ -243,6 +243,21 @@ def test_store_key_follows_the_code_of_a_checkpoint_where_it_is_run(tiny_lalm, t
     assert Backbone(tiny_lalm, trust_remote_code=True).store_key() == Backbone(tiny_lalm).store_key()
 
 
+def test_store_key_follows_weights_that_an_index_finds_in_a_folder_below(tiny_lalm, tmp_path):
+    copied = shutil.copytree(tiny_lalm, tmp_path / "tiny-random")
+    (copied / "parts").mkdir()
+    part = (copied / "model.safetensors").rename(copied / "parts" / "1.safetensors")
+    names = load_file(part)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "parts/1.safetensors")}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    backbone = Backbone(str(copied))
+    before, state = backbone.store_key(), backbone._state_on_disk()
+    save_file({name: 2 * weight for name, weight in names.items()}, part, {"format": "pt"})
+    assert backbone.store_key() != before and backbone._state_on_disk() != state
+    (copied / "model.safetensors.index.json").write_text("torn")
+    backbone.store_key()
+
+
 def test_store_key_follows_the_bytes_of_an_adapter_and_not_its_place(tiny_lalm, tmp_path):
     adapter = tmp_path / "lora"
     adapter.mkdir()
@@ -257,6 +272,14 @@ def test_store_key_follows_the_bytes_of_an_adapter_and_not_its_place(tiny_lalm, 
     (adapter / "adapter_config.json").write_text('{"r": 9}')
     keys = [Backbone(tiny_lalm).store_key(), before, retrained, backbone.store_key()]
     assert all(key != other for index, key in enumerate(keys) for other in keys[:index])
+
+
+def test_of_several_chat_templates_the_default_one_is_used(tiny_lalm, tmp_path):
+    copied = shutil.copytree(tiny_lalm, tmp_path / "tiny-random")
+    (copied / "additional_chat_templates").mkdir()
+    (copied / "additional_chat_templates" / "tool_use.jinja").write_text("none for sounds")
+    clip = Clip("some.wav")
+    assert Backbone(str(copied)).clip_processor().text(clip) == Backbone(tiny_lalm).clip_processor().text(clip)
 
 
 # What errors say

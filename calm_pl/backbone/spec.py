@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +213,20 @@ class Backbone:
 
 
 def _digests(folder: Path, root: str | Path | None, code: bool = False) -> dict[str, str]:
-    return {file.name: file_digest(file, root) for file in _read_files(folder, code)}
+    return {file.relative_to(folder).as_posix(): file_digest(file, root) for file in _read_files(folder, code)}
 
 
 def _read_files(folder: Path, code: bool = False) -> list[Path]:
     suffixes = (*FINGERPRINTED, ".py") if code else FINGERPRINTED
-    files = (file for file in folder.iterdir() if file.suffix in suffixes and file.name not in UNREAD)
+    files = {file for file in folder.iterdir() if file.suffix in suffixes and file.name not in UNREAD}
+    files.update(folder / name for index in folder.glob("*.safetensors.index.json") for name in _weight_files(index))
     return sorted(file for file in files if file.is_file())
+
+
+def _weight_files(index: Path) -> list[str]:
+    """The files of weights that an index names, which may lie in folders below; none of a damaged one, whose weights
+    cannot be loaded."""
+    try:
+        return list(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
