@@ -186,6 +186,8 @@ class ClipProcessor:
         self.audio_token = self.content.audio_token
         self.audio_token_id: int = self.tokenizer.convert_tokens_to_ids(self.audio_token)
         self.template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if isinstance(self.template, dict):  # one of several, by name
+            self.template = self.template.get("default")
         self.mistral = type(self.tokenizer).__name__ == "MistralCommonBackend"
         # An encoder-decoder model (Whisper) is prompted by its fixed start tokens, not by a chat.
         self.start_tokens: list[int] | None = None
