@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calm_pl import cli
 from calm_pl.backbone.lalm import FrozenLALM
@@ -273,6 +274,17 @@ def test_a_file_that_changes_meanwhile_leaves_nothing_under_its_old_bytes(tones,
     for batch in data_batches(data):
         told += batch.errors
     assert len(told) == 1 and "changed while this ran" in told[0] and clips[0].audio in told[0]
+
+
+def test_weights_that_change_meanwhile_leave_nothing_under_the_old_ones(tones, tiny_lalm, tmp_path):
+    model = Path(shutil.copytree(tiny_lalm, tmp_path / "model"))
+    clips, backbone = read_manifest(tones / "train"), Backbone(str(model))
+    store = HeadStore(backbone.store_key("float32", tmp_path / "heads"), tmp_path / "heads")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HeadStoreError, match="the files of model changed while this ran"):
+        extract_missing(trainer(), clips, HeadExtraction(backbone), store)
+    assert len(store) == 0
 
 
 def data_batches(data: ClipDataModule) -> ClipBatches:

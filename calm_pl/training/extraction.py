@@ -23,7 +23,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.backbone.tensor_parallel import is_first_process, processes
 from calm_pl.clip import Clip
 from calm_pl.data.stream import DEFAULT_BATCH_SIZE, BatchSize, ClipBatch, on_gpu, share_of_rank
-from calm_pl.headstore import HeadStore
+from calm_pl.headstore import HeadStore, HeadStoreError
 from calm_pl.progress import say
 from calm_pl.training.batch_size import LARGEST_BATCH, fitting_batch_size, run_in_halves
 from calm_pl.training.extraction_data import ClipDataModule, unusable_clips
@@ -150,15 +150,32 @@ class StoreWriter(BasePredictionWriter):
         self.store = store
         self._computed: HeadBatch | None = None
         self._copied: torch.cuda.Event | None = None
+        self._backbone_unchanged = False
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: HeadBatch | None, *_: Any
     ) -> None:
         self._write()  # the batch before; of this one a GPU has only been told
         if prediction is not None:
+            if not self._backbone_unchanged and isinstance(pl_module, HeadExtraction):
+                self._check_unchanged(pl_module.backbone)
             heads_BKD, device = prediction.heads_BKD, prediction.heads_BKD.device
             self._computed = replace(prediction, heads_BKD=heads_BKD.to("cpu", non_blocking=device.type == "cuda"))
             self._copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def _check_unchanged(self, backbone: Backbone) -> None:
+        """Once the weights are in memory: hours may have passed since the store was keyed by their files.
+
+        Raises:
+            HeadStoreError: they changed meanwhile.
+        """
+        key = self.store.key
+        now = {"files": backbone.fingerprint(self.store.root), "adapter": backbone.adapter_fingerprint(self.store.root)}
+        if any(key.get(name, files) != files for name, files in now.items()):
+            raise HeadStoreError(
+                f"the files of {backbone.name} changed while this ran; run it again when they are whole"
+            )
+        self._backbone_unchanged = True
 
     def on_predict_end(self, *_: Any) -> None:
         self._write()
