@@ -123,6 +123,16 @@ def test_prune_without_anybody_to_ask_deletes_nothing(
     assert "--yes deletes without asking" in capsys.readouterr().err and left(stores) == before
 
 
+@pytest.mark.parametrize("option", [["--key", ""], ["--older-than", "-1"], ["--older-than", "nan"]])
+def test_prune_refuses_what_would_name_every_store_or_none(
+    tmp_path: Path, stores: dict[str, HeadStore], option: list[str]
+) -> None:
+    before = left(stores)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "prune", "--yes", *option)
+    assert left(stores) == before
+
+
 def test_prune_leaves_foreign_folders_alone(tmp_path: Path, stores: dict[str, HeadStore]) -> None:
     foreign = tmp_path / "photos"
     foreign.mkdir()

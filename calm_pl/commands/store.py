@@ -41,9 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, aliases=["list"] if name == "ls" else [])
         command.add_argument("--root", help="folder of all stores (default: CALM_STORE, else the user's cache)")
         command.set_defaults(run=run)
-    command.add_argument("--older-than", type=float, metavar="DAYS", help="delete stores not used for so long")
+    command.add_argument("--older-than", type=_days, metavar="DAYS", help="delete stores not used for so long")
     command.add_argument("--max-size", type=_bytes, metavar="SIZE", help="delete the least recently used until 10G")
-    command.add_argument("--key", metavar="PREFIX", help="delete stores whose folder's name begins like this")
+    command.add_argument(
+        "--key", type=_prefix, metavar="PREFIX", help="delete stores whose folder's name begins like this"
+    )
     command.add_argument("--yes", action="store_true", help="delete without asking")
     return parser
 
@@ -53,6 +55,19 @@ def _bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 10G")
     return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _days(text: str) -> float:
+    days = float(text)
+    if not days >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of days")
+    return days
+
+
+def _prefix(text: str) -> str:
+    if not text:  # of a shell variable that is not set, say: every name begins like this
+        raise argparse.ArgumentTypeError("it is empty; calm store ls shows the stores' names")
+    return text
 
 
 def _size(count: float) -> str:
