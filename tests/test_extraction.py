@@ -29,8 +29,9 @@ from calm_pl.headstore import HeadStore, HeadStoreError
 from calm_pl.training import extraction_data
 from calm_pl.training.extraction import HeadExtraction, StoreWriter, extract_missing
 from calm_pl.training.extraction_data import ClipDataModule, unusable_clips
+from calm_pl.training.trainer import CalmTrainer
 from tests.conftest import tone
-from tests.extracting import PROCESSES, fill, fill_in_two_ranks, in_process, in_two_ranks, stored, trainer
+from tests.extracting import PROCESSES, QUIET, fill, fill_in_two_ranks, in_process, in_two_ranks, stored, trainer
 
 
 def test_the_store_holds_what_the_model_says(unbroken, tones, tiny_lalm):
@@ -298,6 +299,17 @@ def test_what_another_node_keeps_to_itself_is_told_with_the_way_out(tones, tiny_
     data.setup()
     with pytest.raises(HeadStoreError, match=rf"not in {data.store.folder}.* set CALM_STORE"):
         unusable_clips(data)
+
+
+@pytest.mark.parametrize(
+    "limit", [("limit_predict_batches", 2), ("limit_predict_batches", 0.2), ("fast_dev_run", True)]
+)
+def test_an_extraction_of_a_few_batches_asks_for_no_more(tones, tiny_lalm, tmp_path, limit):
+    data = AudioEpisodeDataModule(
+        Folder(str(tones)), Backbone(tiny_lalm), store=str(tmp_path), num_workers=0, batch_size=2
+    )
+    CalmTrainer(**QUIET, devices=1, **dict([limit])).extract(None, data)
+    assert 0 < len(data.make_store("float32")) < 21
 
 
 def test_films_that_nobody_watches_are_no_part_of_a_clip(tones, tiny_lalm):

@@ -41,7 +41,8 @@ class CalmTrainer(ExtractingTrainer):
             data = ClipDataModule(datamodule.asked(recipe.clips()), *options)
         errors, read = self.fill(store, HeadExtraction(backbone), data)
         if isinstance(data, ClipDataModule):
-            unusable_clips(data)  # which ends the run where a clip can be used, and another node keeps it to itself
+            if not self.stops_early:
+                unusable_clips(data)  # which ends the run where a clip can be used, and another node keeps it to itself
             stored = len(data.keys) - len(store.missing(data.keys))
             told = f"{stored:,} of {len(data.keys):,} clips are in {store.folder}"
         else:
@@ -54,6 +55,11 @@ class CalmTrainer(ExtractingTrainer):
             raise ValueError(f"nothing could be read: {errors[0]}" + (", and others" if len(errors) > 1 else ""))
         if self.is_global_zero:
             print(told)
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether it is to run a part of the batches alone (``limit_predict_batches``, ``fast_dev_run``)."""
+        return isinstance(self.limit_predict_batches, int) or self.limit_predict_batches < 1
 
     def fill(
         self, store: HeadStore, extraction: HeadExtraction, data: ClipDataModule | ShardDataModule
