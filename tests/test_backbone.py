@@ -220,11 +220,14 @@ def test_store_key_follows_what_changes_a_head_output(tiny_lalm, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(spec, "FORMAT_VERSION", spec.FORMAT_VERSION + 1)
         changed.append(backbone.store_key())
+    assert Backbone(tiny_lalm, layers=(1, 0)).store_key() == Backbone(tiny_lalm, layers=(0, 1)).store_key()
     copied = shutil.copytree(tiny_lalm, tmp_path / "tiny-random")
     assert Backbone(str(copied)).store_key() == backbone.store_key()  # the same content elsewhere is the same model
     config = json.loads((copied / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-5
     (copied / "config.json").write_text(json.dumps(config))
+    changed.append(Backbone(str(copied)).store_key())
+    (copied / "words.tiktoken").write_text("YQ== 0")
     changed.append(Backbone(str(copied)).store_key())
     keys = [backbone.store_key(), *changed]
     assert all(key != other for index, key in enumerate(keys) for other in keys[:index])

@@ -21,7 +21,7 @@ from calm_pl.classifier import CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.recipes import Shards
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shard_writer import write_shards
 from calm_pl.headstore import HeadStore
 from calm_pl.training.module import CalmModule
 from calm_pl.training.trainer import CalmTrainer

@@ -17,7 +17,7 @@ from calm_pl import AudioEpisodeDataModule, Backbone, CalmClassifier
 from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest, write_manifest
 from calm_pl.data.recipes import Manifest
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shard_writer import write_shards
 from calm_pl.data.splits import draw_support
 from calm_pl.training.metrics import figures
 from calm_pl.training.multilabel import mean_average_precision_draws, multi_label_figures

@@ -23,7 +23,7 @@ import torch
 from calm_pl import cli
 from calm_pl.classifier import CalmClassifier
 from calm_pl.data.manifest import read_manifest
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shard_writer import write_shards
 from tests.conftest import damaged, tone
 
 METHODS = {"sav", "grw", "calm", "calm_whitened", "linear_probe", "zero_shot"}

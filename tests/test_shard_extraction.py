@@ -20,7 +20,8 @@ from calm_pl.data import stream
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Recipe, Shards
-from calm_pl.data.shards import ShardClip, ShardClips, write_shards
+from calm_pl.data.shard_writer import write_shards
+from calm_pl.data.shards import ShardClip, ShardClips
 from calm_pl.data.stream import ShardBatches
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm

@@ -10,12 +10,15 @@ import os
 import random
 import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +29,11 @@ from torch.utils.data import DataLoader
 from calm_pl.audio import AudioError, load_audio
 from calm_pl.clip import Clip
 from calm_pl.commands.shards import main
+from calm_pl.data import shard_writer
 from calm_pl.data.archives import shard_urls
 from calm_pl.data.manifest import write_manifest
-from calm_pl.data.shards import ShardClip, ShardClips, write_shards
+from calm_pl.data.shard_writer import write_shards
+from calm_pl.data.shards import ShardClip, ShardClips
 from calm_pl.headstore import HeadStore
 
 pytest.importorskip("webdataset")
@@ -404,6 +409,62 @@ def test_make_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
             main(wrong)
         assert message in capsys.readouterr().err
     assert (tmp_path / "out" / "clips-000000.tar").read_bytes() == before
+
+
+def test_an_interrupted_writer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = make_clips(tmp_path / "audio", 7)
+    Path(clips[1].audio).write_bytes(b"no sound")
+    whole, errors = write_shards(clips, tmp_path / "whole", per_shard=2)
+    add, calls = shard_writer._add, []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 8:  # two members a clip: within the third shard
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    monkeypatch.setattr(shard_writer, "_add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(clips, tmp_path / "again", per_shard=2)
+    assert [file.name for file in sorted((tmp_path / "again").glob("*.tar"))] == [file.name for file in whole[:2]]
+    for others, message in ((clips[::-1], "holds other clips than these"), (clips[:2], "clips-000001.tar exists")):
+        with pytest.raises(FileExistsError, match=message):
+            write_shards(others, tmp_path / "again", per_shard=2)
+    calls.clear()
+    again, told = write_shards(clips, tmp_path / "again", per_shard=2)
+    assert len(calls) == 6  # of the last two shards
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in whole]
+    assert list(map(str, told)) == list(map(str, errors)) and len(errors) == 1
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == [file.name for file in whole]
+    with pytest.raises(FileExistsError, match="clips-000000.tar exists"):
+        write_shards(clips, tmp_path / "again", per_shard=2)
+
+
+def test_a_clip_that_can_be_read_by_now_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    clips = make_clips(tmp_path / "audio", 2)
+    sound = Path(clips[0].audio).read_bytes()
+    Path(clips[0].audio).write_bytes(b"no sound")
+    (shard,), _ = write_shards(clips, tmp_path / "out")
+    (tmp_path / "out" / shard_writer.UNFINISHED).touch()
+    Path(clips[0].audio).write_bytes(sound)
+    with pytest.raises(FileExistsError, match=rf"{shard} lacks {clips[0].audio}, which can be read by now"):
+        write_shards(clips, tmp_path / "out")
+
+
+def test_a_full_disk_is_told_with_the_way_out(tmp_path: Path) -> None:
+    write_manifest(make_clips(tmp_path / "audio", 4, (".wav",)), tmp_path / "clips.jsonl")
+    make = [sys.executable, "-m", "calm_pl", "shards", "make", str(tmp_path / "clips.jsonl"), str(tmp_path / "out")]
+    full = subprocess.run(["bash", "-c", 'ulimit -f 8; "$@"', "bash", *make], capture_output=True, text=True)
+    assert full.returncode == 1 and "File too large: free some room, and run the same command again" in full.stderr
+    assert f"{tmp_path}/out/clips-000000.tar" in full.stderr and "Traceback" not in full.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [shard_writer.UNFINISHED]
+    assert main(make[4:]) == 0 and len(stream(str(tmp_path / "out"))[0]) == 4
+
+
+def test_a_checksum_beside_a_shard_is_no_shard(tmp_path: Path) -> None:
+    write_shards(make_clips(tmp_path / "audio", 2), tmp_path / "out")
+    (tmp_path / "out" / "clips-000000.tar.md5").write_text("0123  clips-000000.tar")
+    assert [Path(url).name for url in shard_urls(str(tmp_path / "out"))] == ["clips-000000.tar"]
 
 
 def test_make_takes_the_clips_of_one_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from calm_pl.backbone.spec import Backbone
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Shards
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shard_writer import write_shards
 from calm_pl.data.stream import ShardBatches
 from tests.test_shard_extraction import listen
 

@@ -23,7 +23,7 @@ from calm_pl.clip import Clip
 from calm_pl.data.datamodule import AudioEpisodeDataModule
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Recipe, Shards
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shard_writer import write_shards
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
 from calm_pl.training.extraction import HeadExtraction, StoreWriter

@@ -14,7 +14,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.clip import Clip
 from calm_pl.data.manifest import read_manifest, write_manifest
 from calm_pl.data.options import mcq
-from calm_pl.data.shards import write_shards
+from calm_pl.data.shard_writer import write_shards
 from calm_pl.training.metrics import figures
 from calm_pl.training.zero_shot import ZeroShot
 from tests.conftest import tone

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Raised whenever the code changes what a head output is, so that no stored vector outlives its meaning.
 FORMAT_VERSION = 3
 # Read by the processor or the model; a readme may change without changing a head output.
-FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+FINGERPRINTED = (".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".npz")
 # What trainers leave beside a checkpoint, and what people do; nobody reads it.
 UNREAD = {
     "all_results.json", "eval_results.json", "predict_results.json", "test_results.json", "train_results.json",
@@ -196,7 +196,7 @@ class Backbone:
             "prompt": self.prompt,
             "dtype": dtype,
             "pooling": "last_token" if self.pooling == "last" else self.pooling,
-            "layers": None if self.layers is None else list(self.layers),
+            "layers": None if self.layers is None else sorted(self.layers),
             "cut_window": self.cut_window,
             "format": FORMAT_VERSION,
         }

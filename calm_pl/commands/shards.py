@@ -9,7 +9,7 @@ def main(argv: list[str]) -> int:
     """Run `calm shards <argv>`. Exit status 1: clips were left out."""
     arguments = _parser().parse_args(argv)
     from calm_pl.data.manifest import ManifestError, read_manifest
-    from calm_pl.data.shards import write_shards
+    from calm_pl.data.shard_writer import write_shards
 
     try:
         clips = [clip for clip in read_manifest(arguments.manifest) if arguments.split in (None, clip.split)]
@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
         "make", help="write shards from a manifest", description="Write shards from a manifest."
     )
     make.add_argument("manifest", help="a .jsonl, .json or .csv file, or a folder of classes")
-    make.add_argument("out", help="folder to write to; it must hold no tar files")
+    make.add_argument(
+        "out", help="folder to write to, without tar files; but the same command goes on where it stopped"
+    )
     make.add_argument("--per-shard", type=_positive, default=1000, metavar="N", help="clips a shard (default: 1000)")
     make.add_argument("--split", choices=("train", "val", "test"), help="only the clips of this split (default: all)")
     return parser

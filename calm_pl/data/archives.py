@@ -22,6 +22,7 @@ _PACKED: dict[bytes, Callable[[Any], Any]] = {  # by how the archive begins; add
     rb"BZh[1-9]1AY&SY": bz2.BZ2File,
     rb"\xfd7zXZ\0|\]\0\0\x80": lzma.LZMAFile,
 }
+_NAMED_TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|lzma|zst))?|tgz|tbz2|txz)$")  # in a folder; no checksums beside them
 _ZSTD = b"\x28\xb5\x2f\xfd"
 # What reading an archive that is damaged or breaks off raises.
 BROKEN = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
@@ -48,7 +49,7 @@ def shard_urls(urls: str | Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in [urls] if isinstance(urls, str) else urls:
         if os.path.isdir(pattern):
-            found += sorted(map(str, Path(pattern).glob("*.tar*")))
+            found += sorted(str(file) for file in Path(pattern).iterdir() if _NAMED_TAR.search(file.name))
         else:
             found += expand_urls(pattern)
     schemes = {"file", "s3", *gopen_schemes} - {"__default__"}

@@ -1,4 +1,4 @@
-"""Data sets that fit nowhere: clips in WebDataset tar shards, read as a stream, and written from a manifest.
+"""Data sets that fit nowhere: clips in WebDataset tar shards, read as a stream. `shard_writer` makes them.
 
 A sample of a shard is a run of members that share a name up to its first dot: the sound or the film (`00000042.flac`,
 `00000042.mp4`) or both, and what is known of it, as JSON with the fields of a `Clip` (`00000042.json`), its label alone
@@ -8,10 +8,8 @@ A sample of a shard is a run of members that share a name up to its first dot: t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import soundfile
 from torch.utils.data import IterableDataset, get_worker_info
 
-from calm_pl.audio import EXTENSIONS, VIDEO_EXTENSIONS, AudioError, audio_rate, audio_seconds, load_audio
+from calm_pl.audio import EXTENSIONS, VIDEO_EXTENSIONS, AudioError
 from calm_pl.clip import Clip
 from calm_pl.data.archives import BROKEN, samples, shard_urls
 from calm_pl.data.manifest import clip_of_row, parsed_json
@@ -31,8 +28,8 @@ from calm_pl.headstore import clip_key
 T = TypeVar("T")
 Files = dict[str, bytes]
 
-_KNOWN = ("label", "confidence", "split", "group", "question", "options")
-_VIDEO = ".video"  # before the suffix of a file that a clip names as its video
+KNOWN = ("label", "confidence", "split", "group", "question", "options")
+VIDEO = ".video"  # before the suffix of a file that a clip names as its video
 _LABEL_SUFFIXES = (".cls", ".txt")
 _ABOUT_SUFFIXES = (".json", *_LABEL_SUFFIXES)
 
@@ -163,21 +160,21 @@ def _check_names(name: str, suffixes: Sequence[str]) -> None:
     for suffix in heard:
         stem = os.path.splitext(suffix)[0]
         about = next((stem + end for end in _ABOUT_SUFFIXES if stem + end in suffixes), None)
-        if about and stem not in ("", _VIDEO):
+        if about and stem not in ("", VIDEO):
             raise AudioError(name + suffix, f"the name ends at its first dot, so {about} is not seen: rename")
 
 
 def _kind(suffix: str) -> str:
-    if suffix.startswith(_VIDEO):
+    if suffix.startswith(VIDEO):
         return "films to see"
     return "films" if suffix.endswith(VIDEO_EXTENSIONS) else "sounds"
 
 
 def _heard_and_seen(members: Mapping[str, bytes], pictures: bool) -> tuple[str | None, str | None]:
     """Which members are a clip's `audio` and `video`. A film alone is both, and is its `video` only if named so."""
-    sounds = [suffix for suffix in members if suffix.endswith(EXTENSIONS) and not suffix.startswith(_VIDEO)]
+    sounds = [suffix for suffix in members if suffix.endswith(EXTENSIONS) and not suffix.startswith(VIDEO)]
     sounds.sort(key=lambda suffix: suffix.endswith(VIDEO_EXTENSIONS))
-    films = [suffix for suffix in members if suffix.startswith(_VIDEO)]
+    films = [suffix for suffix in members if suffix.startswith(VIDEO)]
     heard = next(iter([*sounds, *films]), None)
     films += [suffix for suffix in sounds if suffix.endswith(VIDEO_EXTENSIONS) and suffix != heard]
     return heard, films[0] if films and pictures else None
@@ -198,7 +195,7 @@ def _about(name: str, heard: str, members: Mapping[str, bytes]) -> Clip:
                 known = parsed_json(text, "its JSON")
                 if not isinstance(known, dict):
                     raise ValueError(f"its JSON: expected an object, found {known!r}")
-                row = {field: known[field] for field in (*_KNOWN, "start", "end") if field in known}
+                row = {field: known[field] for field in (*KNOWN, "start", "end") if field in known}
             elif text.strip() and row.get("label") is None:
                 row["label"] = text.strip()
         return clip_of_row({**row, "audio": heard}, Path(), "its JSON", Counter())
@@ -208,96 +205,3 @@ def _about(name: str, heard: str, members: Mapping[str, bytes]) -> Clip:
         raise AudioError(name + heard, f"its JSON: not JSON ({error})") from None
     except ValueError as error:
         raise AudioError(name + heard, str(error)) from None
-
-
-def write_shards(
-    clips: Sequence[Clip], folder: str | Path, per_shard: int = 1000
-) -> tuple[list[Path], list[AudioError]]:
-    """Write clips as `clips-000000.tar`, ... with up to `per_shard` clips each, in their order.
-
-    A whole file goes in byte by byte. Of a sound with `start` or `end` only that part goes in, mono at its own rate as
-    32-bit floats, so that what a model hears stays the same to the last bit (AU, because libsndfile writes the time of
-    day into float WAV). Films cannot be cut without loss, so they go in whole, with `start` and `end` in the JSON.
-    Equal clips give equal archives, and so equal keys in a head store.
-
-    Returns:
-        The shards, and an error for each clip that was left out because its file cannot be read.
-
-    Raises:
-        FileExistsError: the folder holds tar files already.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    if found := next(target.glob("*.tar"), None):
-        raise FileExistsError(f"{found} exists; write to an empty folder")
-    parent = os.path.commonpath([os.path.dirname(clip.audio) for clip in clips])
-    shards: list[Path] = []
-    errors: list[AudioError] = []
-    for begin in range(0, len(clips), per_shard):
-        shards.append(target / f"clips-{len(shards):06d}.tar")
-        partial = shards[-1].with_suffix(".partial")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for index, clip in enumerate(clips[begin : begin + per_shard], start=begin):
-                try:
-                    members = _film(clip) if _is_film(clip) else _sound(clip)
-                except AudioError as error:
-                    errors.append(error)
-                    continue
-                known = (*_KNOWN, "start", "end") if _is_film(clip) else _KNOWN
-                about = {name: value for name in known if (value := getattr(clip, name)) is not None}
-                about["audio"] = os.path.relpath(clip.audio, parent)  # for people; nothing reads it
-                for suffix, content in members.items():
-                    _add(archive, f"{index:08d}{suffix}", content)
-                _add(archive, f"{index:08d}.json", json.dumps(about, ensure_ascii=False).encode())
-        partial.replace(shards[-1])
-    return shards, errors
-
-
-def _is_film(clip: Clip) -> bool:
-    return clip.video is not None or clip.audio.lower().endswith(VIDEO_EXTENSIONS)
-
-
-def _film(clip: Clip) -> dict[str, bytes]:
-    """The files of a clip with pictures, by suffix. Raises AudioError for one that holds neither sound nor pictures."""
-    from calm_pl.video import video_seconds
-
-    stretch = (clip.start, clip.end)
-    if clip.video in (None, clip.audio):
-        try:
-            video_seconds(clip.audio, *stretch)
-        except AudioError:
-            audio_seconds(clip.audio, *stretch)  # a film's container may hold sound alone
-    else:
-        audio_seconds(clip.audio, *stretch)
-        video_seconds(clip.video, *stretch)
-    members = {}
-    if clip.audio != clip.video:
-        members[_suffix(clip.audio)] = Path(clip.audio).read_bytes()
-    if clip.video:
-        members[_VIDEO + Path(clip.video).suffix.lower()] = Path(clip.video).read_bytes()
-    return members
-
-
-def _sound(clip: Clip) -> dict[str, bytes]:
-    """The file that a shard holds of a clip without pictures, by suffix. Raises AudioError."""
-    audio_seconds(clip.audio, clip.start, clip.end)
-    if clip.start is None and clip.end is None:
-        return {_suffix(clip.audio): Path(clip.audio).read_bytes()}
-    rate = audio_rate(clip.audio)
-    file = io.BytesIO()
-    waveform_S = load_audio(clip.audio, rate, clip.start, clip.end)
-    soundfile.write(file, waveform_S.numpy(), rate, format="AU", subtype="FLOAT")
-    return {".au": file.getvalue()}
-
-
-def _suffix(audio: str) -> str:
-    """Of the member that holds a sound. Decoders look at the bytes; of one with another suffix nobody would know that
-    it is a sound (`.wave`, or none at all)."""
-    suffix = Path(audio).suffix.lower()
-    return suffix if suffix in EXTENSIONS else ".wav"
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
