@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SECONDS_TO_INTERRUPT_AGAIN = 0.1
 SECONDS_FOR_THE_FIRST_RANK = 3.0
+SECONDS_WITHOUT_THE_FIRST_RANK = 10.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # As stderr's: what an encoding such as ASCII lacks must not end a finished run.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
     try:
         with _interruptible():
             return _run(argv)
@@ -152,6 +155,15 @@ def _interruptible() -> Iterator[None]:
         sys.unraisablehook = before
         if hears:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _outlive_nobody(parent: int) -> None:
+    """End a further rank whose first one is gone: killed while ranks look for each other, it would be waited for by the
+    others for as long as they may wait for one that reads heads, a day."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(SECONDS_WITHOUT_THE_FIRST_RANK)  # enough to end by itself
+    os._exit(1)
 
 
 def _terminate(*_: object) -> None:

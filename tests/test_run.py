@@ -24,7 +24,7 @@ from calm_pl import cli
 from calm_pl.classifier import CalmClassifier
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.shard_writer import write_shards
-from tests.conftest import damaged, tone
+from tests.conftest import ROOT, damaged, tone
 
 METHODS = {"sav", "grw", "calm", "calm_whitened", "linear_probe", "zero_shot"}
 
@@ -323,6 +323,35 @@ def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path, stop):
                 fit.send_signal(stop)
             said += line
     assert fit.returncode == 128 + stop and "calm: stopped" in said and "Traceback" not in said, said
+
+
+def test_a_further_rank_does_not_outlive_the_first(tmp_path):
+    """Killed while the others look for it, it cannot tell them."""
+    rank = """
+import time
+from pathlib import Path
+from calm_pl import cli
+cli.SECONDS_WITHOUT_THE_FIRST_RANK = 0.5
+cli._run = lambda argv: (Path("started").touch(), time.sleep(20), Path("outlived").touch())
+cli.main(["fit"])
+"""
+    first = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RANK": "1"})
+while not Path("started").exists():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # Until both have ended: both hold the pipe.
+    ended = subprocess.run(
+        [sys.executable, "-c", first, rank],
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "started").exists() and not (tmp_path / "outlived").exists()
 
 
 def of_group(group: int) -> list[int]:

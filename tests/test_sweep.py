@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import yaml
 
 from calm_pl import cli
 from calm_pl.backbone import spec
+from calm_pl.commands import sweep as sweep_command
 from calm_pl.commands.sweep import Point, default_folder, read_points
 from calm_pl.conf import config_names, find_config
 from calm_pl.training.module import CalmModule
@@ -311,6 +313,31 @@ def test_runs_of_several_ranks_have_processes_of_their_own(sweep, tmp_path):
     assert "1 of 1 points" in done.stdout and "run folder" not in done.stdout
     found, expected = (figures(folder / "shots=2,seed=0") for folder in (tmp_path / "out", alone))
     assert found["sav"]["accuracy"] == expected["sav"]["accuracy"]
+
+
+@pytest.mark.parametrize(("hears", "ended"), [("exit 3", 3), ("", -signal.SIGKILL)])
+def test_a_run_of_several_ranks_ends_with_its_sweep(tmp_path, monkeypatch, hears, ended):
+    """By itself where it hears a SIGTERM, so that it ends its ranks."""
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/bash\ntrap '{hears}' TERM\ntouch {tmp_path}/started\nwhile :; do sleep 0.05; done\n")
+    program.chmod(0o755)
+    begun = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if not begun:
+                begun.append(self)
+                while not (tmp_path / "started").exists():
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(sweep_command, "SECONDS_TO_STOP", 0.3)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_command._run("fit", Point({}, ()), {"trainer": {"devices": 2, "num_nodes": 1}})
+    assert begun[0].returncode == ended
 
 
 # What `wandb agent` does with the points that its server sends: its own code, without the server.

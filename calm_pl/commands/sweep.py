@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from calm_pl.conf import CONF_DIR, config_names, find_config
 from calm_pl.progress import Task, is_quiet, quiet, say
 from calm_pl.training.finished import is_finished
 
+SECONDS_TO_STOP = 5.0
 RUN_CAP = 20  # points of a random sweep that does not say how many
 
 
@@ -232,9 +233,19 @@ def _run(command: str, point: Point, config: Mapping[str, Any], *more: str) -> N
         _calm(command, point, *more)
         return
     program = [sys.executable, "-m", "calm_pl", command, *point.arguments, *more]
-    done = subprocess.run(program, stdout=subprocess.DEVNULL if is_quiet() else None)
-    if done.returncode:
-        sys.exit(f"calm {command} ended with exit code {done.returncode}, see above")
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL if is_quiet() else None) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # It ends its ranks where it ends by itself. A Ctrl-C in a terminal it has heard; a SIGTERM it has not.
+            for insist in (process.terminate, process.kill):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(SECONDS_TO_STOP)
+                    break
+                insist()
+            raise
+    if status:
+        sys.exit(f"calm {command} ended with exit code {status}, see above")
 
 
 def _outcome(folder: Path, config: Mapping[str, Any]) -> str:
