@@ -9,15 +9,12 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from typing_extensions import Self
@@ -27,17 +24,20 @@ from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import ClipLike, FrozenLALM, as_clip
 from calm_pl.backbone.named import named_backbone
 from calm_pl.backbone.spec import Backbone
+from calm_pl.classifier_files import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    check_number_of_classes,
+    class_path,
+    classifier_folder,
+    method_class,
+    named_if_damaged,
+    write_files,
+)
 from calm_pl.clip import DEFAULT_QUESTION, Clip, labels_per_clip
 from calm_pl.methods.base import HeadClassifier
 from calm_pl.methods.metric_space import Whitened
-
-CONFIG_FILE = "classifier.json"
-WEIGHTS_FILE = "classifier.safetensors"
-FORMAT = 1
-# A saved classifier names the class that reads it; nothing outside this package is ever imported for it.
-TRUSTED_PACKAGE = "calm_pl."
-# What the reading of a damaged file can end in.
-DAMAGE = (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, ValueError)
 
 
 class CalmClassifier:
@@ -228,8 +228,8 @@ class CalmClassifier:
         config = {
             "format": FORMAT,
             "classes": self.classes,
-            "method": _class_path(self.method),
-            "whitened": _class_path(self.method.method) if isinstance(self.method, Whitened) else None,
+            "method": class_path(self.method),
+            "whitened": class_path(self.method.method) if isinstance(self.method, Whitened) else None,
             "backbone": asdict(backbone),
             "backbone_files": self.fingerprint,
             "question": self.question,
@@ -240,18 +240,7 @@ class CalmClassifier:
         }
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         contents = {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()}
-        scratch = {name: target / f".{name}.{os.getpid()}" for name in contents}
-        target.mkdir(parents=True, exist_ok=True)
-        try:
-            for name, content in contents.items():
-                scratch[name].write_bytes(content)
-            # The config goes first and comes last: a folder with one is complete, and never half an older classifier.
-            (target / CONFIG_FILE).unlink(missing_ok=True)
-            for name in contents:
-                scratch[name].replace(target / name)
-        finally:
-            for file in scratch.values():
-                file.unlink(missing_ok=True)
+        write_files(target, contents)
 
     @classmethod
     def from_pretrained(
@@ -275,28 +264,28 @@ class CalmClassifier:
             ValueError: the files are damaged or of an unknown format, or do not belong together; or there is no such
                 device here.
         """
-        folder = _classifier_folder(folder_or_hub_id)
-        with _named_if_damaged(folder / CONFIG_FILE):
+        folder = classifier_folder(folder_or_hub_id)
+        with named_if_damaged(folder / CONFIG_FILE):
             config = json.loads((folder / CONFIG_FILE).read_bytes())
             if not isinstance(config, dict):
                 raise ValueError("it holds no JSON object")
             if config.get("format") != FORMAT:
                 raise ValueError(f"it has format {config.get('format')}; this version reads {FORMAT}")
             whitened = config.get("whitened")
-            method = Whitened(_method_class(whitened)()) if whitened else _method_class(config["method"])()
+            method = Whitened(method_class(whitened)()) if whitened else method_class(config["method"])()
             classes, dtype, fingerprint = list(config["classes"]), config["dtype"], dict(config["backbone_files"])
             # Older classifiers have neither question nor number of labels.
             fitted_on, question = Backbone(**config["backbone"]), config.get("question")
             labels_per_clip = float(config.get("labels_per_clip", 1))
             if not 1 <= labels_per_clip <= len(classes):
                 raise ValueError(f"labels_per_clip is {labels_per_clip}, of {len(classes)} classes")
-        with _named_if_damaged(folder / WEIGHTS_FILE):
+        with named_if_damaged(folder / WEIGHTS_FILE):
             weights = (folder / WEIGHTS_FILE).read_bytes()
             state = load(weights)
             # Older classifiers name no digest.
             if config.get("weights_sha256") not in (None, hashlib.sha256(weights).hexdigest()):
                 raise ValueError(f"these are other weights than {CONFIG_FILE} was saved with")
-            _check_number_of_classes(state, len(classes))
+            check_number_of_classes(state, len(classes))
             method.load_state_dict(state)
         classifier = cls(method, device)
         classifier.classes, classifier.dtype, classifier.fingerprint = classes, dtype, fingerprint
@@ -392,61 +381,3 @@ def _check_same_backbone(fitted_on: dict[str, str], backbone: Backbone) -> None:
             f"the backbone {backbone.path} is not the one this classifier was fitted on: {', '.join(different)} "
             "differ. Give the folder or revision that it was fitted on, or fit it again."
         )
-
-
-def _class_path(method: HeadClassifier) -> str:
-    return f"{type(method).__module__}.{type(method).__qualname__}"
-
-
-def _method_class(class_path: str) -> type[HeadClassifier]:
-    if not class_path.startswith(TRUSTED_PACKAGE):
-        raise ValueError(f"it names {class_path}, which is no method of calm_pl: it is not loaded")
-    module, _, name = class_path.rpartition(".")
-    method_class = getattr(import_module(module), name)
-    if not (isinstance(method_class, type) and issubclass(method_class, HeadClassifier)):
-        raise ValueError(f"it names {class_path}, which is no method")
-    return method_class
-
-
-@contextmanager
-def _named_if_damaged(file: Path) -> Iterator[None]:
-    """Make any `DAMAGE` a ValueError that names the file."""
-    try:
-        yield
-    except DAMAGE as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{file}: damaged, or of another version of calm_pl ({reason}). Copy the folder again from where it was "
-            "saved, or fit and save the classifier again."
-        ) from error
-
-
-def _check_number_of_classes(state: dict[str, Tensor], num_classes: int) -> None:
-    """The names of tensors tell which of their dimensions counts the classes: prototypes_CKD, weights_KC."""
-    for name, tensor in state.items():
-        shape = name.rpartition("_")[2]
-        if shape.isupper() and "C" in shape and tensor.shape[shape.index("C")] != num_classes:
-            raise ValueError(
-                f"{name} is for {tensor.shape[shape.index('C')]} classes, {CONFIG_FILE} names {num_classes}"
-            )
-
-
-def _classifier_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
-    folder = Path(folder_or_hub_id).expanduser()
-    for candidate in (folder, folder / "classifier"):
-        if (candidate / CONFIG_FILE).is_file():
-            return candidate
-    name = os.fspath(folder_or_hub_id)
-    if folder.exists() or name.count("/") != 1:
-        raise FileNotFoundError(
-            f"{folder} holds no classifier ({CONFIG_FILE} is not there): give a folder written by save_pretrained, "
-            "a run folder, or a hub id (owner/name)."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name} is no folder here, and https://huggingface.co/{name} cannot be reached or does not exist ({error})"
-        ) from error

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +20,7 @@ from calm_pl import cli
 from calm_pl.classifier import CalmClassifier
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.shard_writer import write_shards
-from tests.conftest import ROOT, damaged, tone
+from tests.conftest import damaged, tone
 
 METHODS = {"sav", "grw", "calm", "calm_whitened", "linear_probe", "zero_shot"}
 
@@ -300,112 +296,6 @@ def test_runs_that_cannot_be_used_are_told(arguments, message, tmp_path, monkeyp
     Path("run/results.json").write_text('{"methods": {}}')
     with pytest.raises(SystemExit, match=message):
         calm(*arguments)
-
-
-# A shell's background jobs ignore Ctrl-C, and with them the tests that one runs.
-INTERRUPTIBLE = """
-import signal, sys
-from calm_pl import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(cli.main())
-"""
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_says_so(tones, tiny_lalm, tmp_path, stop):
-    arguments = options(tones, tiny_lalm, "--run_dir", tmp_path / "run", "--data.store", tmp_path / "heads")
-    command = [sys.executable, "-c", INTERRUPTIBLE, "fit", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as fit:
-        assert fit.stderr is not None
-        said = ""
-        for line in fit.stderr:
-            if not said:
-                fit.send_signal(stop)
-            said += line
-    assert fit.returncode == 128 + stop and "calm: stopped" in said and "Traceback" not in said, said
-
-
-def test_a_further_rank_does_not_outlive_the_first(tmp_path):
-    """Killed while the others look for it, it cannot tell them."""
-    rank = """
-import time
-from pathlib import Path
-from calm_pl import cli
-cli.SECONDS_WITHOUT_THE_FIRST_RANK = 0.5
-cli._run = lambda argv: (Path("started").touch(), time.sleep(20), Path("outlived").touch())
-cli.main(["fit"])
-"""
-    first = """
-import os, signal, subprocess, sys, time
-from pathlib import Path
-subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RANK": "1"})
-while not Path("started").exists():
-    time.sleep(0.01)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    # Until both have ended: both hold the pipe.
-    ended = subprocess.run(
-        [sys.executable, "-c", first, rank],
-        stdout=subprocess.PIPE,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert ended.returncode == -signal.SIGKILL
-    assert (tmp_path / "started").exists() and not (tmp_path / "outlived").exists()
-
-
-def of_group(group: int) -> list[int]:
-    """Processes of a group that have not ended."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if os.getpgid(int(entry.name)) == group and (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes as Linux shows them")
-def test_two_processes_stop_together_and_say_so(tones, tiny_lalm, tmp_path):
-    """While the second one starts, the first waits for it in torch, where no Ctrl-C is heard."""
-    two_processes = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    arguments = options(tones, tiny_lalm, "--run_dir", tmp_path / "run", *two_processes)
-    command = [sys.executable, "-m", "calm_pl", "fit", *map(str, arguments)]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also below a shell whose jobs ignore it
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
-    ) as fit:  # fmt: skip
-        while fit.poll() is None and len(of_group(fit.pid)) < 2:
-            time.sleep(0.1)
-        time.sleep(3)
-        os.killpg(fit.pid, signal.SIGINT)
-        _, said = fit.communicate(timeout=100)
-    assert fit.returncode in (130, -signal.SIGKILL) and "calm: stopped" in said, said
-    assert not of_group(fit.pid)
-
-
-# A garbage collection takes long enough in a fit for many a Ctrl-C to be handled in a finaliser, where Python drops it.
-INTERRUPTED_IN_A_FINALISER = """
-import signal, sys, time, types
-from calm_pl import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-class Finalised:
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)
-
-def main(argv):
-    Finalised()
-    time.sleep(60)
-
-sys.modules["slow"] = types.SimpleNamespace(main=main)
-cli.COMMANDS["slow"] = ("slow", "")
-sys.exit(cli.main(["slow"]))
-"""
-
-
-def test_an_interruption_in_a_finaliser_is_not_lost():
-    slow = calm_process(program=INTERRUPTED_IN_A_FINALISER)
-    assert slow.returncode == 130 and slow.stderr == "calm: stopped; the same command goes on where it was\n"
 
 
 def test_nobody_reading_on_is_no_error():

@@ -274,6 +274,10 @@ class AudioEpisodeDataModule(L.LightningDataModule):
         """Positions in ``clips`` of one of the PARTS, without clips that cannot be used."""
         return [i for i in self.parts[part] if i not in self.skipped]
 
+    def usable_clips(self, part: str) -> list[Clip]:
+        """The clips at those positions."""
+        return [self.clips[i] for i in self.usable(part)]
+
     # What is streamed
 
     def support(self) -> LabelledHeads:

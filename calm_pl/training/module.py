@@ -204,7 +204,7 @@ class CalmModule(L.LightningModule):
             self.classes,
             data.backbone,
             weights_dtype(self.trainer.precision),
-            [data.clips[i] for i in data.usable("support")],
+            data.usable_clips("support"),
         )
 
     # Learning

@@ -68,7 +68,7 @@ class RunFolder(Callback):
                 data.clips_at(indices_N.tolist()),
                 module.classes,
                 probabilities_NC,
-                round(labels_per_clip([data.clips[i] for i in data.usable("support")])),
+                round(labels_per_clip(data.usable_clips("support"))),
             )
 
 
