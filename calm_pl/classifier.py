@@ -152,9 +152,12 @@ class CalmClassifier:
             ValueError: files is one path, and no list.
         """
         self._fitted()
-        clips = self.asked(_several(files))
-        with torch.inference_mode():
-            probabilities_NC: Tensor = self.method(self.lalm.head_outputs(clips, batch_size=batch_size))
+        return self.probabilities(self.lalm.head_outputs(self.asked(_several(files)), batch_size=batch_size))
+
+    @torch.inference_mode()
+    def probabilities(self, heads_NKD: Tensor) -> Tensor:
+        """:meth:`predict_proba` of clips whose head outputs are known: those of :attr:`lalm`, float32 on the CPU."""
+        probabilities_NC: Tensor = self.method(heads_NKD)
         return probabilities_NC
 
     def asked(self, files: Iterable[ClipLike]) -> list[Clip]:
@@ -173,10 +176,13 @@ class CalmClassifier:
         How many: see :meth:`top`. Raises as it and as :meth:`predict_proba`.
         """
         count = self.top(n)
-        probabilities_NC = self.predict_proba(files, batch_size)
+        return self.most_probable(self.predict_proba(files, batch_size), count)
+
+    def most_probable(self, probabilities_NC: Tensor, n: int) -> list[list[tuple[str, float]]]:
+        """The n most probable classes of each clip, as :meth:`predict_top` tells them."""
         order_NC = probabilities_NC.argsort(dim=1, descending=True, stable=True)  # of ties the earlier class
         return [
-            [(self.classes[c], float(probabilities_C[c])) for c in order_C[:count].tolist()]
+            [(self.classes[c], float(probabilities_C[c])) for c in order_C[:n].tolist()]
             for probabilities_C, order_C in zip(probabilities_NC, order_NC, strict=True)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from calm_pl import CalmClassifier
 from calm_pl.audio import AudioError
 from calm_pl.backbone.errors import BackboneError
+from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.spec import Backbone
 from calm_pl.baselines import SAV
 from calm_pl.cli import main
@@ -406,6 +408,47 @@ def test_classify_prints_a_line_a_file_and_names_the_bad_ones(classifier, tmp_pa
     assert "classifying" not in shown.err  # one pass
     assert main(["classify", str(tmp_path / "classifier"), str(tmp_path / "sounds"), "--batch-size", "2"]) == 1
     assert capsys.readouterr().err.startswith("classifying: 3 files\n")
+
+
+def read_table(text: str) -> list[list[str]]:
+    return list(csv.reader(text.splitlines()))[1:]
+
+
+def test_classify_says_the_same_with_and_without_workers(classifier, tmp_path, capfd):
+    classifier.save_pretrained(tmp_path / "classifier")
+    for number in range(5):
+        tone(tmp_path / "sounds" / f"{number}.wav", 200 + 300 * number, seconds=0.4 + 0.1 * number)
+    (tmp_path / "sounds" / "2-bad.wav").write_bytes(b"")
+    told = {}
+    for workers in "02":
+        arguments = [str(tmp_path / "classifier"), str(tmp_path / "sounds"), "--batch-size", "2", "--workers", workers]
+        assert main(["classify", *arguments]) == 1
+        told[workers] = capfd.readouterr()
+    assert told["0"].out == told["2"].out and told["2"].out.count("\n") == 6
+    assert "2-bad.wav" in told["2"].err and "2-bad.wav" not in told["2"].out
+    with pytest.raises(SystemExit, match="--workers -1: 0, or more"):
+        main(["classify", str(tmp_path / "classifier"), str(tmp_path / "sounds"), "--workers", "-1"])
+
+
+def test_classify_runs_in_halves_what_memory_does_not_hold(classifier, tmp_path, capsys, monkeypatch):
+    classifier.save_pretrained(tmp_path / "classifier")
+    files = [str(tone(tmp_path / f"{number}.wav", 300 * (number + 1))) for number in range(4)]
+    arguments = ["classify", str(tmp_path / "classifier"), *files]
+    assert main(arguments) == 0
+    ample, forward = read_table(capsys.readouterr().out), FrozenLALM.forward
+
+    def of_two_at_most(lalm, inputs):
+        if len(inputs.last_token_B) > 2:
+            raise torch.cuda.OutOfMemoryError
+        return forward(lalm, inputs)
+
+    monkeypatch.setattr(FrozenLALM, "forward", of_two_at_most)
+    with pytest.warns(UserWarning, match="out of memory with a batch of 4 clips"):
+        assert main(arguments) == 0
+    told = read_table(capsys.readouterr().out)
+    assert [row[:2] for row in told] == [row[:2] for row in ample] and len(told) == 4
+    for row, before in zip(told, ample, strict=True):
+        assert float(row[2]) == pytest.approx(float(before[2]), abs=2e-4)  # printed to four places
 
 
 def test_classify_tells_once_of_files_that_are_cut(classifier, tmp_path):

@@ -283,7 +283,7 @@ def test_a_store_that_may_not_be_written_to_is_read_and_left_alone(
         again.prepare()
     info = list_stores(tmp_path)[0]
     for change in (tidy, delete):
-        with pytest.raises(HeadStoreError, match="permission denied"):
+        with pytest.raises(HeadStoreError, match="you may not write to it"):
             change(info)
     assert shards(store) == before
 

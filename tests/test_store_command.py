@@ -133,6 +133,21 @@ def test_prune_refuses_what_would_name_every_store_or_none(
     assert left(stores) == before
 
 
+def test_prune_names_stores_that_it_may_not_write_to(
+    tmp_path: Path,
+    stores: dict[str, HeadStore],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ancient, may = stores["ancient"].folder, os.access
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != ancient and may(path, mode))
+    assert run(tmp_path, "prune", "--yes", "--older-than", "10") == 1
+    output = capsys.readouterr().out
+    assert left(stores) == {"fresh", "ancient"} and "1 stores deleted, 1 tidied" in output
+    assert f"{ancient} is left as it is: you may not write to it" in output
+
+
 def test_prune_leaves_foreign_folders_alone(tmp_path: Path, stores: dict[str, HeadStore]) -> None:
     foreign = tmp_path / "photos"
     foreign.mkdir()

@@ -7,12 +7,13 @@ import csv
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from calm_pl.audio import AudioError
     from calm_pl.classifier import CalmClassifier
+    from calm_pl.data.stream import ClipBatch
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> int:
 
     if options.batch_size < 1:
         sys.exit(f"calm: error: --batch-size {options.batch_size}: at least 1 clip a batch")
+    if options.workers < 0:
+        sys.exit(f"calm: error: --workers {options.workers}: 0, or more")
     found = [(path, audio_files(path) if path.is_dir() else [path]) for path in options.files]
     named = [file for _, inside in found for file in inside]
     files = [file for file in named if is_utf8(file)]
@@ -56,36 +59,47 @@ def main(argv: list[str]) -> int:
     shown = len(files) > options.batch_size and not sys.stdout.isatty()
     with warnings.catch_warnings(), Task("classifying", len(files), "files", shown) as task:
         warnings.filterwarnings("ignore", message=CUT_WARNING)  # of each batch again
-        for first in range(0, len(files), options.batch_size):
-            batch = files[first : first + options.batch_size]
-            told, reasons = _classes_of(batch, classifier, top)
-            for reason in reasons:
+        for batch in _batches(classifier, files, options.batch_size, options.workers):
+            for reason in batch.errors:
                 print(f"calm: {reason}", file=sys.stderr)
-            unusable += len(reasons)
-            for file, classes in told:
+            unusable += len(batch.errors)
+            for file, classes in zip(batch.keys, _classes_of(batch, classifier, top), strict=True):
                 sure = classes[0][1] >= threshold
                 for name, confidence in classes if sure else [("unknown", classes[0][1])]:
                     writer.writerow([file, name, f"{confidence:.4f}"])
             sys.stdout.flush()
-            task.advance(len(batch))
+            task.advance(len(batch) + len(batch.errors))
     return 1 if unusable or empty else 0
 
 
-def _classes_of(
-    files: list[Path], classifier: CalmClassifier, top: int
-) -> tuple[list[tuple[Path, list[tuple[str, float]]]], list[AudioError]]:
-    """The most probable classes of each file, in one pass, and why files that are not among them cannot be used."""
-    from calm_pl.audio import AudioError
-    from calm_pl.clip import absolute_path
+def _batches(classifier: CalmClassifier, files: list[Path], batch_size: int, workers: int) -> Iterable[ClipBatch]:
+    """The files, decoded, in their order; the keys of a batch are its files as they were named."""
+    from calm_pl.data.stream import ClipBatches, stream_loader
 
-    errors: list[AudioError] = []
-    while files:
-        try:
-            return list(zip(files, classifier.predict_top(files, top, len(files)), strict=True)), errors
-        except AudioError as error:  # go on without it
-            errors.append(error)
-            files = [file for file in files if absolute_path(file) != error.path]
-    return [], errors
+    assert classifier.backbone is not None
+    every = range(len(files))
+    positions = [list(every[first : first + batch_size]) for first in range(0, len(files), batch_size)]
+    batches = ClipBatches(classifier.asked(files), list(map(str, files)), every, positions, classifier.backbone)
+    # The first batch of each worker is no sooner there than without workers.
+    return stream_loader(batches, min(workers, len(positions) - 1), classifier.lalm.device.type == "cuda")
+
+
+def _classes_of(batch: ClipBatch, classifier: CalmClassifier, top: int) -> list[list[tuple[str, float]]]:
+    """The most probable classes of each of the files; of no file, none."""
+    from calm_pl.training.batch_size import run_in_halves
+
+    if batch.inputs is None:
+        return []
+    heads_BKD = run_in_halves(classifier.lalm.forward, batch.inputs, _tell_halved).cpu()
+    return classifier.most_probable(classifier.probabilities(heads_BKD), top)
+
+
+def _tell_halved(size: int) -> None:
+    warnings.warn(
+        f"out of memory with a batch of {size} clips: it is run in halves; with a smaller --batch-size none has to be "
+        "tried twice",
+        stacklevel=2,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,4 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, default=8, help="clips in one pass (default: 8)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that decode while the model computes; 0: none (default: 2)",
+    )
     return parser

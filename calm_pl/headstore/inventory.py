@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calm_pl.headstore.files import HeadStoreError, make_folder, remove_abandoned, store_root
+from calm_pl.headstore.files import HeadStoreError, remove_abandoned, store_root
 from calm_pl.headstore.shard import CORRUPT_SUFFIX
 from calm_pl.headstore.store import KEY_FILE, HeadStore, is_store_name
 
@@ -73,7 +74,7 @@ def tidy(info: StoreInfo) -> None:
     Raises:
         HeadStoreError: the folder cannot be written to.
     """
-    make_folder(info.folder)
+    _check_writable(info.folder)
     for file in info.folder.glob(f"*{CORRUPT_SUFFIX}"):
         file.unlink(missing_ok=True)
     remove_abandoned(info.folder)
@@ -87,5 +88,11 @@ def delete(info: StoreInfo) -> None:
     Raises:
         HeadStoreError: the folder cannot be written to.
     """
-    make_folder(info.folder)
-    shutil.rmtree(info.folder)
+    _check_writable(info.folder)
+    with contextlib.suppress(FileNotFoundError):  # somebody else deletes it at this moment
+        shutil.rmtree(info.folder)
+
+
+def _check_writable(folder: Path) -> None:
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise HeadStoreError(f"{folder} is left as it is: you may not write to it.")

@@ -177,6 +177,6 @@ def unusable_clips(data: ClipDataModule) -> dict[int, str]:
             return {index: reason for index, reason in reasons.items() if reason is not None}
     raise HeadStoreError(
         f"{data.clips[lost[0]].audio} can be decoded, but its head outputs are not in {data.store.folder}: it changed "
-        "while this ran, or another node wrote them to a folder of its own. Run it again, or set CALM_STORE to a "
-        "folder that all nodes share."
+        "or the store was pruned while this ran, or another node wrote them to a folder of its own. Run it again, or "
+        "set CALM_STORE to a folder that all nodes share."
     )
