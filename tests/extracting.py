@@ -24,7 +24,7 @@ from calm_pl.training.extraction_data import ClipDataModule
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        "tests.extracting", "calm_pl.training.trainer", "calm_pl.training.run_folder", "calm_pl.training.module",
+        "tests.extracting", "calm_pl.training.trainer", "calm_pl.run.folder", "calm_pl.training.module",
         "transformers.models.qwen2_audio.modeling_qwen2_audio", "hypothesis", "pytest",
     ]
 )  # fmt: skip

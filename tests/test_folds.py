@@ -12,8 +12,8 @@ import yaml
 
 from calm_pl.data.recipes import Esc50
 from calm_pl.report.run import Run
-from calm_pl.training.finished import is_finished
-from calm_pl.training.folds import average, folds_of
+from calm_pl.run.finished import is_finished
+from calm_pl.run.folds import average, folds_of
 from tests.conftest import tone
 from tests.test_run import calm
 

@@ -23,7 +23,7 @@ FAST = ["--model.methods.calm_learned.init_args.steps", "2"]
 ONE_FIGURE = """
 import sys
 import wandb
-from calm_pl.training.logging import RunLogger
+from calm_pl.run.logging import RunLogger
 logger = RunLogger(save_dir=sys.argv[1], mode=sys.argv[2] or None, seconds_to_connect=2)
 logger.log_metrics({"figure": 42})
 wandb.finish()

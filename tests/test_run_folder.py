@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calm_pl.training.cli import dataset_name
-from calm_pl.training.finished import is_finished
+from calm_pl.run.cli import dataset_name
+from calm_pl.run.finished import is_finished
 from tests.test_run import calm, options
 
 FORMULA = ("--model", "formula", "--model.zero_shot", "false")

@@ -25,8 +25,8 @@ from calm_pl.data.shards import ShardClip, ShardClips
 from calm_pl.data.stream import ShardBatches
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
+from calm_pl.run.folder import RunFolder
 from calm_pl.training.module import CalmModule
-from calm_pl.training.run_folder import RunFolder
 from calm_pl.training.trainer import CalmTrainer
 from tests.conftest import tone
 from tests.extracting import QUIET, in_two_ranks

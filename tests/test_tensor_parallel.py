@@ -26,9 +26,9 @@ from calm_pl.data.recipes import Folder, Recipe, Shards
 from calm_pl.data.shard_writer import write_shards
 from calm_pl.headstore import HeadStore
 from calm_pl.methods.calm import Calm
+from calm_pl.run.folder import RunFolder
 from calm_pl.training.extraction import HeadExtraction, StoreWriter
 from calm_pl.training.module import CalmModule
-from calm_pl.training.run_folder import RunFolder
 from calm_pl.training.trainer import CalmTrainer
 from tests.conftest import tone
 from tests.extracting import QUIET, in_two_ranks

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from calm_pl.conf import CONF_DIR, GROUPS, config_names, find_config, given_options
 
 if TYPE_CHECKING:
-    from calm_pl.training.cli import CalmCLI
+    from calm_pl.run.cli import CalmCLI
 
 TARGETS = {"--backbone": "--data.backbone", "--logger": "--trainer.logger"}
 CONFIG_OPTIONS = ("--config", "-c")
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         if option in PLACES:
             sys.exit(f"calm: error: {option} is called {PLACES[option]} here")
     arguments = expand_names(argv)
-    from calm_pl.training.cli import CalmCLI
+    from calm_pl.run.cli import CalmCLI
 
     run(CalmCLI, arguments)
     return 0
@@ -51,7 +51,7 @@ def run(cli: type[CalmCLI], arguments: list[str]) -> None:
 
     from calm_pl.backbone.errors import BackboneError
     from calm_pl.headstore import HeadStoreError
-    from calm_pl.training.cli import checkpoint_arguments
+    from calm_pl.run.cli import checkpoint_arguments
 
     if not os.environ.get("CALM_DEBUG"):
         hush()

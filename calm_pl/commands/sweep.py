@@ -21,7 +21,7 @@ from typing import Any
 
 from calm_pl.conf import CONF_DIR, config_names, find_config
 from calm_pl.progress import Task, is_quiet, quiet, say
-from calm_pl.training.finished import is_finished
+from calm_pl.run.finished import is_finished
 
 SECONDS_TO_STOP = 5.0
 RUN_CAP = 20  # points of a random sweep that does not say how many
@@ -213,7 +213,7 @@ def extract(point: Point, config: Mapping[str, Any], out: Path) -> None:
 
 def default_folder(name: str, config: Mapping[str, Any]) -> Path:
     """The same sweep of the same data with the same model has the same folder."""
-    from calm_pl.training.cli import dataset_name
+    from calm_pl.run.cli import dataset_name
 
     recipe = config["data"]["recipe"]
     dataset = dataset_name(recipe["class_path"], recipe.get("init_args", {}).get("data_dir"))

@@ -19,12 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from calm_pl.conf import CONF_DIR, given_options, names_help
 from calm_pl.data.datamodule import AudioEpisodeDataModule, default_run_dir
-from calm_pl.training.folds import folds_of, run_folds
-from calm_pl.training.logging import LogRun
-from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
-from calm_pl.training.progress import RunProgress
-from calm_pl.training.results import outcome, print_table
-from calm_pl.training.run_folder import (
+from calm_pl.run.folder import (
     CHECKPOINTS,
     ON_OTHER_DATA,
     PREDICTIONS_FILE,
@@ -32,6 +27,11 @@ from calm_pl.training.run_folder import (
     SaveRunConfig,
     check_run_folder,
 )
+from calm_pl.run.folds import folds_of, run_folds
+from calm_pl.run.logging import LogRun
+from calm_pl.training.module import CHECKPOINT_KEY, CalmModule
+from calm_pl.training.progress import RunProgress
+from calm_pl.training.results import outcome, print_table
 from calm_pl.training.trainer import CalmTrainer
 
 LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"

@@ -17,13 +17,13 @@ from calm_pl.backbone.processing import CUT_WARNING
 from calm_pl.data.recipes import Recipe
 from calm_pl.methods.compare import half_width
 from calm_pl.progress import quiet, say
-from calm_pl.training.finished import is_finished
+from calm_pl.run.finished import is_finished
 from calm_pl.training.results import NO_SHARE, print_table, write_json, write_text
 from calm_pl.training.trainer import CalmTrainer
 
 if TYPE_CHECKING:
     from calm_pl.data.datamodule import AudioEpisodeDataModule
-    from calm_pl.training.cli import CalmCLI
+    from calm_pl.run.cli import CalmCLI
 
 
 def folds_of(recipe: Recipe) -> list[int]:
