@@ -322,6 +322,7 @@ class LearnedWeights(MetricSpace):
         if self.averaging:
             for name, parameter in self.named_parameters():
                 before = self.averages.get(name, parameter.detach())
+                before = before.to(parameter.device)  # that of a checkpoint is on the CPU
                 self.averages[name] = before.lerp(parameter.detach(), 1 - self.averaging)
 
     @torch.no_grad()
