@@ -190,6 +190,14 @@ def test_an_encoder_decoder_gives_self_and_cross_attention_heads(shared, lengths
         label_log_likelihoods(whisper, inputs, ["dog"])
 
 
+def test_a_gpu_may_not_round_convolutions_of_float32(lengths, tiny_lalm):
+    lalm, allowed = FrozenLALM.from_pretrained(tiny_lalm), []
+    convolution = next(module for module in lalm.model.modules() if isinstance(module, torch.nn.Conv1d))
+    convolution.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+    lalm.head_outputs(lengths[:1])
+    assert allowed == [False] and torch.backends.cudnn.allow_tf32  # for others as it was
+
+
 def test_random_checkpoint_is_deterministic_and_has_a_telling_name(lengths):
     backbone = named_backbone("random-qwen2-audio")
     assert backbone.name == "random-qwen2-audio"

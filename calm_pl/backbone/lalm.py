@@ -6,8 +6,8 @@ Shapes: N clips, B batch, K heads in all, D head dimension.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs, LongClips, PaddingSide
 from calm_pl.backbone.structure import Heads, find_head_sites
 from calm_pl.backbone.tensor_parallel import check_cut, cutting, sharding
-from calm_pl.backbone.window import shorter_encoder
+from calm_pl.backbone.window import float32_convolutions, shorter_encoder
 from calm_pl.clip import DEFAULT_PROMPT, Clip, absolute_path, length_batches
 
 ClipLike = Clip | str | os.PathLike[str]
@@ -213,9 +213,11 @@ class FrozenLALM:
             ) from error
         return capture.heads_BKD()
 
-    def window(self, inputs: LALMInputs) -> AbstractContextManager[None]:
-        """The audio encoder fitted to the length of these inputs, for the length of a block."""
-        return shorter_encoder(self.model, inputs.model_inputs.get("input_features"))
+    @contextmanager
+    def window(self, inputs: LALMInputs) -> Iterator[None]:
+        """The audio encoder fitted to the length of these inputs, and exact in float32, for the length of a block."""
+        with float32_convolutions(), shorter_encoder(self.model, inputs.model_inputs.get("input_features")):
+            yield
 
     def head_outputs(self, clips: Sequence[ClipLike], batch_size: int = 8) -> Tensor:
         """Decode clips and return their head outputs (N, K, D), float32 on the CPU, in the clips' order.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -76,6 +77,20 @@ def shorter_features(extractor: Any, waveforms: Sequence[Tensor]) -> Iterator[No
         yield
     finally:
         extractor.n_samples, extractor.nb_max_frames = full
+
+
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Within the block, a GPU computes convolutions of float32 numbers in float32, as it does matrix products.
+
+    Unless told otherwise, cuDNN rounds them to 11 bits (TF32), which moves heads of calm-tiny by up to 0.06.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager
