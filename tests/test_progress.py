@@ -7,12 +7,20 @@ import pty
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_pl import progress
+from calm_pl.clip import Clip
+from calm_pl.data.stream import ClipBatch
 from calm_pl.progress import Task, duration, quiet, say, track
+from calm_pl.training import progress as extraction_progress
+from calm_pl.training.progress import ExtractionProgress
 from tests.test_run import calm, calm_process, options
 
 PHASES = ["reading heads: 15 clips", "fitting on the support set: 6 methods", "learning weights", "testing: 9 clips"]
@@ -84,6 +92,34 @@ def test_a_terminal_has_a_bar_unless_it_is_of_ci_or_quiet():
     assert "\x1b[" in (shown := in_a_terminal()) and "3/3" in shown
     assert in_a_terminal(CI="true").split() == ["reading:", "3", "clips"]
     assert in_a_terminal(CALM_QUIET="1") == ""
+
+
+class Moment:
+    """What a GPU tells of a moment in its work."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: Moment) -> float:
+        return 1000 * (later.seconds - self.seconds)
+
+
+def test_a_gpu_that_computes_does_not_wait(monkeypatch):
+    """Batches take it 3 seconds; the second is there after 1 second, the third a second after the GPU did that."""
+    told = iter(map(Moment, (10.0, 13.0, 13.0, 16.0, 17.0, 20.0)))
+    monkeypatch.setattr(extraction_progress, "mark", lambda device: next(told))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    model: Any = None
+    shown = ExtractionProgress(enabled=False)
+    shown.setup(trainer, model, "predict")
+    shown.on_predict_start(trainer, model)
+    for _ in range(3):
+        shown.on_predict_batch_start(trainer)
+        shown.on_predict_batch_end(trainer, model, None, ClipBatch([Clip("a.wav")] * 5, [None] * 5, None, []))
+    shown.on_predict_end(trainer, model)
+    assert shown.waited_share == pytest.approx(1 / 10) and shown.clips_per_second == pytest.approx(15 / 10)
 
 
 def test_a_run_says_what_it_does_and_where_results_lie(tones, tiny_lalm, tmp_path):

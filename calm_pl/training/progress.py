@@ -104,9 +104,18 @@ def _clips_of_this_rank(trainer: L.Trainer, part: str) -> int | None:
     return None if data.streams else -(-len(data.usable(part)) // trainer.world_size)
 
 
-def is_computing(device: torch.device) -> bool:
-    """Whether a GPU has not done yet what it was told."""
-    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """The moment at which a GPU has done all that it was told so far; None on a CPU, which has done it."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds_between(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+    second.synchronize()
+    return float(first.elapsed_time(second)) / 1000
 
 
 class ExtractionProgress(Callback):
@@ -129,6 +138,10 @@ class ExtractionProgress(Callback):
         self._task: Task | None = None
         self._began: float | None = None
         self._waited = self._seconds = 0.0
+        # Of a GPU: when it had its first batch, its latest one, and when it has done the one before.
+        self._first: torch.cuda.Event | None = None
+        self._given: torch.cuda.Event | None = None
+        self._done: torch.cuda.Event | None = None
 
     @property
     def clips_per_second(self) -> float:
@@ -149,10 +162,11 @@ class ExtractionProgress(Callback):
         now = time.perf_counter()
         if self._began is None:
             self._began, self.startup_seconds = now, now - self._idle_since
-        else:
-            # A GPU that is still computing the batch before did not wait.
-            if not is_computing(trainer.strategy.root_device):
-                self._waited += now - self._idle_since
+            self._first = mark(trainer.strategy.root_device)
+        elif self._first is None:
+            self._waited += now - self._idle_since
+        else:  # it still computed the batch before for some of that time, and only the GPU knows for how long
+            self._given = mark(trainer.strategy.root_device)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ClipBatch, *_: Any
@@ -160,11 +174,18 @@ class ExtractionProgress(Callback):
         assert self._began is not None and self._task is not None
         self._idle_since = time.perf_counter()
         self._seconds = self._idle_since - self._began
+        if self._done is not None and self._given is not None:
+            self._waited += _seconds_between(self._done, self._given)
+        self._done = mark(trainer.strategy.root_device)
         done = len(batch.clips) + len(batch.errors)
         self.clips += done
         self.errors += batch.errors
         self.cut += batch.cut
         self._task.advance(done, f"{self.clips_per_second:.1f} clips/s")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._first is not None and self._done is not None:
+            self._seconds = _seconds_between(self._first, self._done)  # with the last batch
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._task is not None:
