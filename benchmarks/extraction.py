@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,15 @@ class Bench:
     clips: list[Clip]
     batch_size: int
     num_workers: int
+    _ready: dict[bool, list[LALMInputs]] = field(default_factory=dict, init=False)
 
     def inputs(self, cut_window: bool = True) -> list[LALMInputs]:
+        """The clips in batches on the model's device, made once for all ways."""
+        if cut_window not in self._ready:
+            self._ready[cut_window] = self._inputs(cut_window)
+        return self._ready[cut_window]
+
+    def _inputs(self, cut_window: bool) -> list[LALMInputs]:
         processor = replace(self.backbone, cut_window=cut_window).clip_processor()
         batches = [[self.clips[i] for i in batch] for batch in length_batches(self.clips, self.batch_size)]
         inputs = [processor(batch, [processor.load(clip) for clip in batch]) for batch in batches]
@@ -334,7 +341,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     hush()
-    torch.set_num_threads(options.threads)
+    if options.device == "cpu":  # beside a GPU, the published procedure gets all cores for its features
+        torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         clips = make_clips(Path(scratch), options.clips, options.seconds)

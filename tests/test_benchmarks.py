@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 from benchmarks import extraction, fit, precision, vote
+from calm_pl.backbone.lalm import FrozenLALM
+from calm_pl.backbone.spec import Backbone
 from tests.miniatures import esc50
 
 
@@ -21,6 +24,14 @@ def test_extraction(tmp_path, monkeypatch, capsys):
     assert found["ratios"].keys() == {"hooks", *(name for name, *_ in extraction.GOALS)}
     assert [point["batch_size"] for point in found["curve"]] == [1, 2]
     assert "published, 20 trials" in capsys.readouterr().out
+
+
+def test_clips_become_inputs_once(tiny_lalm, tmp_path):
+    """A GPU would wait for each of the ways otherwise."""
+    lalm = FrozenLALM.from_pretrained(tiny_lalm)
+    bench = extraction.Bench(lalm, Backbone(tiny_lalm), extraction.make_clips(tmp_path, 2, 0.3), 2, 0)
+    assert bench.inputs() is bench.inputs() is not bench.inputs(cut_window=False)
+    assert len(replace(bench, batch_size=1).inputs()) == 2
 
 
 def test_vote(tmp_path, monkeypatch):
