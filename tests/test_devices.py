@@ -24,6 +24,7 @@ from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.metric_space import Whitened
 from calm_pl.methods.selection import Grid
 from calm_pl.methods.settings import Search
+from calm_pl.training.batch_size import _ballast
 from tests.test_baselines import make_set
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu does it on the GPU that is here")
@@ -160,3 +161,11 @@ def test_heads_are_taken_where_the_model_is(gpu, tones, tiny_lalm, pooling):
         found = FrozenLALM.forward.__wrapped__(lalm, inputs)
     assert found.device.type == "cuda"
     assert_close(found.cpu(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_margin_is_of_all_memory_that_a_batch_may_take(gpu, monkeypatch):
+    free = [100]  # while torch keeps what an earlier pass took
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 2000))
+    ballast = _ballast(torch.device("cuda"))
+    assert ballast is not None and len(ballast) == 100

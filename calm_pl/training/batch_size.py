@@ -121,6 +121,7 @@ def _ballast(device: torch.device) -> Tensor | None:
     """Memory kept back while trying."""
     if device.type != "cuda":
         return None
+    torch.cuda.empty_cache()  # what torch keeps for later passes is free for these
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return torch.empty(int(MARGIN * free_bytes), dtype=torch.uint8, device=device)
 
