@@ -43,7 +43,6 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import SHAPES, random_model
-from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.hooks import HeadCapture, StopForward, capture_heads
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
@@ -287,7 +286,7 @@ def memory_curve(bench: Bench, flops_rate: float) -> list[dict[str, float]]:
             with FlopCounterMode(display=False) as counter:
                 run()
             best = max((run() for _ in range(3)), key=lambda figures: figures.clips_per_second)
-        except (torch.cuda.OutOfMemoryError, BackboneError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             print(f"batch of {batch_size:4d}: out of memory")

@@ -21,6 +21,9 @@ LARGEST_BATCH = 512
 # Share of the free memory that stays free while trying: prompts differ between batches.
 MARGIN = 0.1
 
+# What CUDA's libraries say where they find no memory: cuBLAS, cuDNN, and torch where cuDNN has tried all its ways.
+LIBRARIES_SAY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine to execute this")
+
 Pass = Callable[[LALMInputs], Tensor]
 
 
@@ -54,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory ended, said by torch itself, in our words, or by one of CUDA's libraries."""
     causes = [e for e in (error, error.__cause__) if e is not None]
     return any(
-        isinstance(e, torch.cuda.OutOfMemoryError) or is_oom_error(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e)
+        isinstance(e, torch.cuda.OutOfMemoryError) or is_oom_error(e) or any(words in str(e) for words in LIBRARIES_SAY)
         for e in causes
     )
 
