@@ -7,29 +7,15 @@ import atexit
 import gc
 import io
 import os
-import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from calm_pl.progress import quiet
-
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
-
-SECONDS_TO_INTERRUPT_AGAIN = 0.1
-SECONDS_FOR_THE_FIRST_RANK = 3.0
-SECONDS_WITHOUT_THE_FIRST_RANK = 10.0
-
-
-class Terminated(KeyboardInterrupt):
-    """A SIGTERM, as of `kill` or `timeout`, which ends a command as Ctrl-C does."""
-
+from calm_pl.stopping import interruptible, outlive_nobody, stopped
 
 # command -> (module with main(argv) -> int, what it does)
 COMMANDS = {
@@ -79,15 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         # As stderr's: what an encoding such as ASCII lacks must not end a finished run.
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
     try:
-        with _interruptible():
+        with interruptible():
             return _run(argv)
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop)
     except SystemExit as end:  # Lightning's own, when a fit or an extraction is interrupted
         if isinstance(end.__context__, KeyboardInterrupt):
-            return _stopped(end.__context__)
+            return stopped(end.__context__)
         raise
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,58 +115,6 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within the block, a Ctrl-C that Python would drop, since it fell into a finaliser or a fork, comes once more; and
-    a SIGTERM is heard."""
-    before = sys.unraisablehook
-
-    def hook(dropped: UnraisableHookArgs) -> None:
-        if issubclass(dropped.exc_type, KeyboardInterrupt):
-            # Later: raised in here it would be dropped again.
-            threading.Timer(SECONDS_TO_INTERRUPT_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
-        else:
-            before(dropped)
-
-    sys.unraisablehook = hook
-    # Lightning takes note of a SIGTERM, and an extraction would go on to its end. SLURM's it means to outlast.
-    hears = threading.current_thread() is threading.main_thread() and "SLURM_JOB_ID" not in os.environ
-    if hears := hears and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        if hears:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _outlive_nobody(parent: int) -> None:
-    """End a further rank whose first one is gone: killed while ranks look for each other, it would be waited for by the
-    others for as long as they may wait for one that reads heads, a day."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(SECONDS_WITHOUT_THE_FIRST_RANK)  # enough to end by itself
-    os._exit(1)
-
-
-def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough; a second would break into the tidying up
-    raise Terminated
-
-
-def _stopped(stop: KeyboardInterrupt) -> int:
-    status = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            return status  # torchrun stops them all
-        # Once this rank has ended, Lightning kills the first one. That one shall stop by itself, which ends this one,
-        # too; where it waits for others and does not hear, this one speaks for it.
-        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-    print("calm: stopped; the same command goes on where it was", file=sys.stderr, flush=True)
-    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import calm_pl
 PACKAGE = Path(calm_pl.__file__).parent
 # From the ground up. What shares a floor may know each other.
 FLOORS = (
-    ("__init__", "lazy", "conf", "progress", "functional"),
+    ("__init__", "lazy", "conf", "progress", "stopping", "functional"),
     ("audio", "container", "video"),
     ("clip",),
     ("headstore",),

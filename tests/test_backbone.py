@@ -334,9 +334,10 @@ def test_a_text_model_takes_no_audio(tmp_path):
     ("option", "message"),
     [({"dtype": "int3"}, "dtype='int3' is unknown"), ({"heads": "tail"}, "heads='tail' is unknown")],
 )
-def test_unknown_options_list_the_known_ones(tiny_lalm, option, message):
+def test_unknown_options_are_refused_before_the_weights_are_read(tiny_lalm, tmp_path, option, message):
+    shutil.copytree(tiny_lalm, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(BackboneError, match=message):
-        FrozenLALM.from_pretrained(tiny_lalm, **option)
+        FrozenLALM.from_pretrained(tmp_path / "model", **option)
 
 
 def test_damaged_weights_are_named(tiny_lalm, tmp_path):

@@ -92,6 +92,7 @@ def test_two_nodes_of_torchrun(alone, tones, tiny_lalm, tmp_path):
     told = finish(*nodes)
     assert_same(alone, tmp_path, tones, tiny_lalm)
     assert sum("reading heads" in text for text in told) == 1  # rank 0 speaks for all
+    assert sum("2 nodes of 1 processes: each waits for all others" in text for text in told) == 1
 
 
 def test_two_nodes_of_slurm(alone, tones, tiny_lalm, tmp_path):

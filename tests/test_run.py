@@ -285,6 +285,7 @@ def test_shards_that_are_not_there_are_an_error(tiny_lalm, tmp_path):
         (["test", "--ckpt_path", "runs/nope"], "--ckpt_path runs/nope is not there: name a folder that `calm fit`"),
         (["predict", "--ckpt_path=torn.ckpt"], "torn.ckpt is damaged, or no checkpoint of `calm fit`"),
         (["fit", "--config", "none.yaml"], "none.yaml: there is no such file"),
+        (["fit", "--trainer.devices", "two"], "the Trainer cannot be made: `devices`"),
         (["compare", "--shots", "1,two"], "numbers from 1"),
         (["heads", "run"], "holds no classifier"),
     ],

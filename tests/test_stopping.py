@@ -44,8 +44,8 @@ def test_a_further_rank_does_not_outlive_the_first(tmp_path):
     rank = """
 import time
 from pathlib import Path
-from calm_pl import cli
-cli.SECONDS_WITHOUT_THE_FIRST_RANK = 0.5
+from calm_pl import cli, stopping
+stopping.SECONDS_WITHOUT_THE_FIRST_RANK = 0.5
 cli._run = lambda argv: (Path("started").touch(), time.sleep(20), Path("outlived").touch())
 cli.main(["fit"])
 """
@@ -95,6 +95,61 @@ def test_two_processes_stop_together_and_say_so(tones, tiny_lalm, tmp_path):
         _, said = fit.communicate(timeout=100)
     assert fit.returncode in (130, -signal.SIGKILL) and "calm: stopped" in said, said
     assert not of_group(fit.pid)
+
+
+# As a first rank does whose others were never started, on another node.
+WAITS_FOR_OTHERS = """
+import signal, sys, types
+from datetime import timedelta
+from calm_pl import cli, stopping
+signal.signal(signal.SIGINT, signal.default_int_handler)
+stopping.SECONDS_UNHEARD = 0.5
+
+def main(argv):
+    from torch.distributed import TCPStore
+
+    print("waiting", file=sys.stderr, flush=True)
+    TCPStore("localhost", 0, world_size=2, is_master=True, timeout=timedelta(seconds=60))
+
+sys.modules["slow"] = types.SimpleNamespace(main=main)
+cli.COMMANDS["slow"] = ("slow", "")
+sys.exit(cli.main(["slow"]))
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_is_stopped(stop):
+    with subprocess.Popen([sys.executable, "-c", WAITS_FOR_OTHERS], stderr=subprocess.PIPE, text=True) as slow:
+        assert slow.stderr is not None and slow.stderr.readline() == "waiting\n"
+        time.sleep(0.3)  # it is in there soon
+        slow.send_signal(stop)
+        _, said = slow.communicate(timeout=30)
+    assert slow.returncode == 128 + stop and said == "calm: stopped; the same command goes on where it was\n"
+
+
+# A fork's signals are told to the parent by the pipe that it inherits, were they not kept apart.
+FORKS = """
+import os, signal, sys, time, types
+from calm_pl import cli, stopping
+stopping.SECONDS_UNHEARD = 0.5
+
+def main(argv):
+    if not (child := os.fork()):
+        time.sleep(60)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    time.sleep(1.5)
+    return 0
+
+sys.modules["forks"] = types.SimpleNamespace(main=main)
+cli.COMMANDS["forks"] = ("forks", "")
+sys.exit(cli.main(["forks"]))
+"""
+
+
+def test_a_signal_to_a_worker_does_not_stop_the_command():
+    assert calm_process(program=FORKS).returncode == 0
 
 
 # A garbage collection takes long enough in a fit for many a Ctrl-C to be handled in a finaliser, where Python drops it.

@@ -24,7 +24,7 @@ from calm_pl.backbone.hooks import HeadCapture, capture_heads
 from calm_pl.backbone.placement import Quantization, load_adapter, need, placement
 from calm_pl.backbone.pooling import Pooling
 from calm_pl.backbone.processing import ClipProcessor, LALMInputs, LongClips, PaddingSide
-from calm_pl.backbone.structure import Heads, find_head_sites
+from calm_pl.backbone.structure import Heads, check_heads, find_head_sites
 from calm_pl.backbone.tensor_parallel import check_cut, cutting, sharding
 from calm_pl.backbone.window import float32_convolutions, shorter_encoder
 from calm_pl.clip import DEFAULT_PROMPT, Clip, absolute_path, length_batches
@@ -139,7 +139,8 @@ class FrozenLALM:
             if dtype not in DTYPES:
                 raise BackboneError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
             dtype = DTYPES[dtype]
-        Pooling.parse(pooling)  # before the weights are read
+        check_heads(heads)  # before the weights are read
+        Pooling.parse(pooling)
         checkpoint = resolve_checkpoint(path_or_hub_id, revision)
         config = load_config(checkpoint, trust_remote_code, path_or_hub_id)
         model_class = model_class_of(config, path_or_hub_id, checkpoint, trust_remote_code)

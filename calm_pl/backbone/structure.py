@@ -43,6 +43,16 @@ class HeadSite:
         return [f"{self.name}.{head}" for head in range(self.num_heads)]
 
 
+def check_heads(heads: str) -> None:
+    """Refuse what is none of `Heads`.
+
+    Raises:
+        BackboneError: naming them.
+    """
+    if heads not in get_args(Heads):
+        raise BackboneError(f"heads={heads!r} is unknown: choose one of {', '.join(get_args(Heads))}.")
+
+
 def find_head_sites(
     model: PreTrainedModel, heads: Heads = "decoder", layers: Sequence[int] | None = None
 ) -> list[HeadSite]:
@@ -59,8 +69,7 @@ def find_head_sites(
         BackboneError: ``heads`` is unknown, a layer does not exist, or the part asked for has no attention block
             that can be read.
     """
-    if heads not in get_args(Heads):
-        raise BackboneError(f"heads={heads!r} is unknown: choose one of {', '.join(get_args(Heads))}.")
+    check_heads(heads)
     sites: list[HeadSite] = []
     if heads in ("decoder", "both"):
         sites += _sites_of(_decoder(model), "decoder")

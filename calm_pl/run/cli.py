@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from calm_pl.conf import CONF_DIR, given_options, names_help
 from calm_pl.data.datamodule import AudioEpisodeDataModule, default_run_dir
+from calm_pl.progress import say
 from calm_pl.run.folder import (
     CHECKPOINTS,
     ON_OTHER_DATA,
@@ -129,7 +130,13 @@ class CalmCLI(LightningCLI):
         """Lightning's Trainer with this project's progress display, unless the user wants none."""
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RunProgress())
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # of devices=two, say
+            raise ValueError(f"the Trainer cannot be made: {error}") from error
+        if trainer.num_nodes > 1 and trainer.is_global_zero:
+            say(f"{trainer.num_nodes} nodes of {trainer.num_devices} processes: each waits for all others")
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         self._dump_config()
