@@ -157,8 +157,8 @@ def mean_and_half(mean: float, half: float) -> str:
     return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
-def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """The point below which Student's t lies with this probability (from 0.5 to 0.9995), to 6 digits.
+def t_quantile(freedom: int) -> float:
+    """The point below which Student's t lies with a probability of 0.975, to 6 digits.
 
     By bisection on the closed form of the distribution for whole degrees of freedom (Abramowitz and Stegun 26.7.3-4).
     """
@@ -176,5 +176,5 @@ def t_quantile(freedom: int, probability: float = 0.975) -> float:
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if share_within(middle) < 2 * probability - 1 else (low, middle)
+        low, high = (middle, high) if share_within(middle) < 0.95 else (low, middle)
     return low

@@ -136,15 +136,13 @@ class LearnedWeights(MetricSpace):
 
     def fit(self, heads_NKD: Tensor, labels_N: Tensor, num_classes: int) -> Self:
         self.start(heads_NKD, labels_N, num_classes)
-        parameters = list(self.parameters())
-        if parameters and self.num_steps:
-            optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
-            with torch.enable_grad():
-                for step in range(self.num_steps):
-                    optimizer.zero_grad()
-                    self.training_loss(step).backward()
-                    optimizer.step()
-                    self.after_step()
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        with torch.enable_grad():
+            for step in range(self.num_steps):
+                optimizer.zero_grad()
+                self.training_loss(step).backward()
+                optimizer.step()
+                self.after_step()
         return self.finish()
 
     @property

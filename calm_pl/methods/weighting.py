@@ -40,23 +40,23 @@ def step_size(num_heads: int, alpha: float) -> float:
     return math.pow(num_heads, 1 - alpha)
 
 
-def divergence(weights: Tensor, reference: Tensor, dim: int = 0) -> Tensor:
-    """K times KL(weights || reference) over heads, the reference smoothed so that its zeros stay affordable.
+def divergence(weights: Tensor, reference: Tensor) -> Tensor:
+    """K times KL(weights || reference) over heads, (..., C), the reference smoothed so that its zeros stay affordable.
 
     For small moves K x KL is the summed squared change of log-weights, about: its scale does not depend on K.
     """
-    num_heads = weights.shape[dim]
+    num_heads = weights.shape[-2]
     reference = (1 - SMOOTHING) * reference + SMOOTHING / num_heads
     smoothed = (1 - SMOOTHING) * weights + SMOOTHING / num_heads
-    return num_heads * (smoothed * (smoothed / reference).log()).sum(dim)
+    return num_heads * (smoothed * (smoothed / reference).log()).sum(-2)
 
 
 def penalty(weights: Tensor, start: Tensor, to_start: Tensor | float, to_shared: Tensor | float) -> Tensor:
     """How far weights (..., K, C) are from their start and from one another, averaged over classes: (...)."""
     shared = weights.mean(-1, keepdim=True)
-    from_start = divergence(shared, start.mean(-1, keepdim=True), -2).mean(-1)
+    from_start = divergence(shared, start.mean(-1, keepdim=True)).mean(-1)
     # Classes are compared as changes of the start: what the formula gave a class costs nothing.
-    apart = divergence(weights, _rescaled(start, shared), -2).mean(-1)
+    apart = divergence(weights, _rescaled(start, shared)).mean(-1)
     return to_start * from_start + to_shared * apart
 
 
