@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from calm_pl import functional as F
 from calm_pl.baselines import GRW, SAV, KNearest, LinearProbe, MeanOfHeads, NearestPrototype
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.learned import LearnedWeights
@@ -74,6 +75,34 @@ def test_methods_refuse_a_class_without_clips(name):
     heads, labels = make_set(3)
     with pytest.raises(ValueError, match="labels_N has no clip of class 4"):
         METHODS[name]().fit(heads, labels, 5)
+    with pytest.raises(ValueError, match="labels_N must be from 0 to 3; got -1 to 2"):
+        METHODS[name]().fit(heads, labels - 1, 4)
+
+
+def test_baselines_are_their_formulas():
+    heads, labels = make_set(5, noise=2.0)
+    queries, _ = make_set(3, seed=5, noise=2.0)
+    prototypes = F.class_prototypes(heads, labels, 4)
+
+    grw = GRW(tau=0.2, tau_w=0.3, top_k=2).fit(heads, labels, 4)
+    reliability_K = F.global_reliability(F.head_posteriors(heads, prototypes, 0.2), labels)
+    weights_K = F.global_weights(reliability_K, 0.3, 2)
+    posteriors_NKC = F.head_posteriors(queries, prototypes, 0.2)
+    assert_close(grw(queries), (posteriors_NKC * weights_K[:, None]).sum(1))
+    assert_close(MeanOfHeads(tau=0.2).fit(heads, labels, 4)(queries), posteriors_NKC.mean(1))
+
+    nearest = NearestPrototype(num_heads=2, tau=0.3).fit(heads, labels, 4)
+    last_N1F, last_CF = queries[:, None, -2:].flatten(2), prototypes[:, -2:].flatten(1)
+    assert_close(nearest(queries), torch.softmax(torch.cosine_similarity(last_N1F, last_CF, dim=-1) / 0.3, 1))
+
+    k_nearest = KNearest(k=3, tau=0.3).fit(heads, labels, 4)
+    centred, centred_queries = heads - heads.mean(0), queries - heads.mean(0)
+    cosines_NM = torch.cosine_similarity(centred_queries[:, None], centred, dim=-1).mean(-1)
+    for cosines_M, found_C in zip(cosines_NM, k_nearest(queries), strict=True):
+        votes_C = torch.zeros(4)
+        for n in cosines_M.argsort(descending=True)[:3]:
+            votes_C[labels[n]] += torch.exp(cosines_M[n] / 0.3)
+        assert_close(found_C, votes_C / votes_C.sum())
 
 
 def test_sav_uses_the_heads_that_classify_best():
@@ -94,23 +123,25 @@ def test_logistic_regression_reaches_the_optimum():
 
 def logistic_choice(heads, labels, c):
     """(accuracy, minus NLL, c) of clips held out, the long way: on all features instead of principal axes."""
-    features_NF = LinearProbe._features(heads, heads.mean(0))
+    features_NF, num_classes = LinearProbe._features(heads, heads.mean(0)), int(labels.max()) + 1
     fold_N = stratified_folds(labels, FOLDS)
-    logits_NC = torch.zeros(len(labels), 4)
+    logits_NC = torch.zeros(len(labels), num_classes)
     for fold in range(FOLDS):
         held = fold_N == fold
-        weights_FC, bias_C = logistic(features_NF[~held], labels[~held], 4, c)
+        weights_FC, bias_C = logistic(features_NF[~held], labels[~held], num_classes, c)
         logits_NC[held] = features_NF[held] @ weights_FC + bias_C
-    accuracy = float((logits_NC.argmax(1) == labels).float().mean())
-    return accuracy, -float(torch.nn.functional.cross_entropy(logits_NC, labels)), c
+    tested_NC, truth_N = logits_NC[fold_N >= 0], labels[fold_N >= 0]
+    accuracy = float((tested_NC.argmax(1) == truth_N).float().mean())
+    return accuracy, -float(torch.nn.functional.cross_entropy(tested_NC, truth_N)), c
 
 
 def test_linear_probe_chooses_its_penalty_by_cross_validation():
     heads, labels = make_set(5, noise=2.0)
-    choices = LinearProbe().fit(heads, labels, 4).choices()
-    each = [logistic_choice(heads, labels, c) for c in PENALTIES]
-    assert choices["accuracy"] == max(each)[0] and choices["c"] == max(each)[2]
-    assert LinearProbe(c=3.0).fit(heads, labels, 4).choices()["c"] == 3.0
+    heads, labels = torch.cat([heads, heads[:1] + 1]), torch.cat([labels, torch.tensor([4])])  # alone in its class
+    choices = LinearProbe().fit(heads, labels, 5).choices()
+    accuracy, log_likelihood, c = max(logistic_choice(heads, labels, c) for c in PENALTIES)
+    assert choices == {"accuracy": accuracy, "nll": pytest.approx(-log_likelihood, rel=1e-3), "c": c}
+    assert LinearProbe(c=3.0).fit(heads, labels, 5).choices()["c"] == 3.0
 
 
 def test_folds_are_stratified_and_a_lone_clip_is_never_tested():

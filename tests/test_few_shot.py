@@ -80,3 +80,7 @@ def test_queries_come_from_the_query_clips_alone():
         assert (episode.support_SKD < 20).all() and (episode.queries_QKD >= 20).all()
         assert (episode.support_SKD.flatten() % 4).tolist() == episode.classes.repeat_interleave(2).tolist()
         assert episode.query_labels_Q.bincount().tolist() == [4] * 3
+    with pytest.raises(ValueError, match=r"need 6 support clips a class; .*\{0: 5, 1: 5, 2: 5, 3: 5\}"):
+        EpisodeStream(heads_NKD, torch.arange(40) % 4, None, 6, 5, query_N=query_N)
+    with pytest.raises(ValueError, match="need 3 query clips a class"):
+        EpisodeStream(heads_NKD, torch.arange(40) % 4, None, 6, 3, query_N=torch.arange(40) >= 32)

@@ -284,6 +284,7 @@ def test_ties_break_by_the_lower_index():
     reliability = torch.tensor([[0.5], [0.9], [0.5], [0.9], [0.9]])
     assert F.head_weights(reliability, "margin_softmax", top_k=2).nonzero()[:, 0].tolist() == [1, 3]
     assert F.head_weights(torch.zeros(5, 1), "margin_clamped", top_k=2)[:, 0].tolist() == [0.5, 0.5, 0, 0, 0]
+    assert F.head_weights(torch.zeros(500, 1), "margin_clamped", top_k=100)[:, 0].nonzero().max() == 99
     same = torch.ones(3, 1, 2)
     assert F.sav_votes(torch.ones(1, 1, 2), same, [0]).tolist() == [[1, 0, 0]]
 

@@ -136,7 +136,9 @@ def test_leaks_are_found() -> None:
         check_disjoint([Clip("/a.wav")], [Clip("/a.wav", start=3.0)])
     with pytest.raises(ValueError, match="also training clips"):
         check_disjoint([Clip("/a.wav", start=0, end=5)], [Clip("/a.wav", start=4, end=9)])
-    check_disjoint([Clip("/a.wav", start=0, end=5)], [Clip("/a.wav", start=5, end=9), Clip("/b.wav")])
+    first, second = Clip("/a.wav", start=0, end=5), Clip("/a.wav", start=5, end=9)
+    check_disjoint([first], [second, Clip("/b.wav")])
+    check_disjoint([second], [first])
 
 
 def test_a_clip_listed_twice_counts_once() -> None:

@@ -25,7 +25,8 @@ def test_doubt_comes_first():
     probabilities_NC = torch.tensor([[0.5, 0.45, 0.05], [0.4, 0.3, 0.3], [0.9, 0.05, 0.05]])
     assert by_margin(probabilities_NC).tolist() == [0, 1, 2]
     assert by_entropy(probabilities_NC).tolist() == [1, 0, 2]
-    assert by_entropy(torch.eye(3)[[0, 0]]).tolist() == [0, 1]  # no doubt, and no NaN
+    alike_NC = torch.eye(3)[[0] * 100]  # no doubt, and no NaN
+    assert by_entropy(alike_NC).tolist() == by_margin(alike_NC).tolist() == list(range(100))
 
 
 def reach(points: list[float], chosen: tuple[float, ...]) -> float:
@@ -45,6 +46,7 @@ def test_coverage_keeps_away_from_what_is_labelled():
     features_NF = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     assert by_coverage(features_NF, 2, torch.tensor([[11.5]])).tolist() == [0, 2]
     assert len(by_coverage(features_NF, 9)) == 4
+    assert by_coverage(features_NF[1:], 1).tolist() == [1]  # the closest to the mean
 
 
 def test_features_keep_the_cosines_of_heads():
