@@ -30,7 +30,9 @@ def left_out_by_hand(heads, labels, num_classes, shrinkage, centre=1.0):
 
 def test_leaving_out_of_raw_prototypes_is_exact():
     heads, labels = make_set(4)
-    assert_close(LeaveOneOut(heads, labels, 4).cosines(), F.leave_one_out_cosines(heads, labels, 4))
+    expected = F.leave_one_out_cosines(heads, labels, 4)
+    for scale in (1.0, 1e-6):
+        assert_close(LeaveOneOut(scale * heads, labels, 4).cosines(), expected)
 
 
 @pytest.mark.parametrize("width", [6, 40])
@@ -141,12 +143,27 @@ def test_shrinkage_formulas_fall_with_more_clips(estimate):
     assert many.mean() < few.mean()
 
 
-def test_ledoit_wolf_agrees_with_scikit_learn():
-    covariance = pytest.importorskip("sklearn.covariance")
-    heads = torch.randn(30, 1, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 2, 3, 4, 5.0])
-    metric = HeadMetric.estimate(heads, torch.zeros(30, dtype=torch.long), 1)
-    expected = covariance.ledoit_wolf((heads - heads.mean(0))[:, 0].double().numpy(), assume_centered=True)[1]
-    assert float(metric.ledoit_wolf()) == pytest.approx(expected, rel=0.1)
+@pytest.mark.parametrize("shots", [1, 2, 3, 5, 30])
+def test_shrinkage_formulas_are_those_of_the_papers(shots):
+    """With n = N - C, for the clips' residuals z and their covariance S in the D dimensions that are no padding."""
+    heads, labels = make_set(shots, width=6, noise=2.0)
+    heads = heads * torch.tensor([1, 2, 3, 4, 5, 0.0])
+    metric = HeadMetric.estimate(heads, labels, 4)
+    n, dim = max(1, len(labels) - 4), 5
+    residuals_NKD = (heads - F.class_prototypes(heads, labels, 4)[labels]).double()
+    for k in range(6):
+        z_ND = residuals_NKD[:, k, :dim]
+        s_DD = z_ND.T @ z_ND / n
+        trace, square = float(s_DD.trace()), float(s_DD.square().sum())
+        distance = square - trace**2 / dim
+        if shots == 1:  # nothing varies: round
+            expected = {"ledoit_wolf": 0.0, "oas": 1.0}
+        else:
+            fourth = float(z_ND.square().sum(1).square().mean())
+            oas = ((1 - 2 / dim) * square + trace**2) / ((n + 1 - 2 / dim) * distance)
+            expected = {"ledoit_wolf": min(1, max(0, (fourth - square) / n / distance)), "oas": min(1, oas)}
+        for name, value in expected.items():
+            assert float(getattr(metric, name)()[k]) == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.parametrize("method", [Calm, LearnedWeights])
@@ -172,10 +189,11 @@ def test_loudness_does_not_shape_the_metric():
 
 def test_a_head_that_says_the_same_of_every_clip_has_no_metric():
     heads, labels = make_set(5)
-    heads = torch.cat([heads, torch.randn(1, 1, heads.shape[2]).expand(len(heads), -1, -1)], 1)
+    constant = torch.stack([torch.randn(heads.shape[2]), torch.zeros(heads.shape[2])])
+    heads = torch.cat([heads, constant.expand(len(heads), -1, -1)], 1)
     metric = HeadMetric.estimate(heads, labels, 4)
-    transform_DD = metric.transform(0.1)[-1]
-    assert_close(transform_DD, transform_DD[0, 0] * torch.eye(heads.shape[2]))
+    for transform_DD in metric.transform(0.1)[-2:]:
+        assert_close(transform_DD, transform_DD[0, 0] * torch.eye(heads.shape[2]))
     assert LearnedWeights().fit(heads, labels, 4)(heads).isfinite().all()
 
 
