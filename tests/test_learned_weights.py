@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from calm_pl import functional as F
 from calm_pl.functional import HeadMetric
+from calm_pl.methods import episodes
 from calm_pl.methods.episodes import EpisodeSource
 from calm_pl.methods.hearing import Hearing, heard, spread
 from calm_pl.methods.learned import LearnedWeights
@@ -192,6 +193,78 @@ def test_episodes_are_deterministic_and_ranks_share_them_out(shots):
     assert_close(together.sum(0), whole.cosines_QKC.flatten(1).sum(0), atol=1e-4, rtol=1e-4)
     if shots:
         assert not torch.equal(whole.cosines_QKC, source.draw(8).cosines_QKC)
+    else:
+        assert torch.equal(whole.labels_Q, labels) and torch.equal(whole.cosines_QKC, left_out.cosines(0.3))
+
+
+def test_a_step_sees_no_more_clips_than_fit_and_all_in_time(monkeypatch):
+    monkeypatch.setattr(episodes, "MAX_POSTERIORS", 7 * 6 * 4)
+    heads, labels = make_set(5)
+    left_out = LeaveOneOut(heads, labels, 4)
+    source, cosines_NKC = EpisodeSource(left_out, None), left_out.cosines()
+    seen = set()
+    for step in range(20):
+        drawn = source.draw(step)
+        assert len(drawn.labels_Q) == drawn.total == 7
+        clips = [int((cosines_NKC - cosines_KC).abs().sum((1, 2)).argmin()) for cosines_KC in drawn.cosines_QKC]
+        assert_close(cosines_NKC[clips], drawn.cosines_QKC)
+        assert torch.equal(labels[clips], drawn.labels_Q)
+        seen.update(clips)
+    assert len(seen) == len(labels)
+
+
+@pytest.mark.parametrize("shots", [1, 4])
+def test_what_another_process_started_goes_on_here(shots):
+    heads, labels = make_set(shots, noise=1.5)
+    one = LearnedWeights(steps=3, to_start=2.0, to_shared=5.0, lr=0.1).start(heads, labels, 4)
+    other = LearnedWeights(steps=3, to_start=2.0, to_shared=5.0, lr=0.1)
+    other.started_as(one.state_dict(), heads, labels, 4)
+    assert other.trust == one.trust and (other.source is None) == (one.source is None) == (shots == 1)
+    for step in range(2):
+        assert_close(other.training_loss(step), one.training_loss(step))
+    assert_close(other.finish()(heads), one.finish()(heads))
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.3])
+def test_random_episodes_hold_every_query_out_of_prototypes_and_metric(shrinkage):
+    heads, labels = make_set(4)
+    heads, labels = heads[1:], labels[1:]  # classes of 3 and of 4 clips
+    metric = None if shrinkage is None else HeadMetric.estimate(heads, labels, 4, 0.8)
+    source = EpisodeSource(LeaveOneOut(heads, labels, 4, metric), shrinkage, shots=2)
+    cosines_QKC, labels_Q = source._random_split(torch.Generator().manual_seed(0))
+
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = torch.cat([order[labels[order] == c][:2] for c in range(4)])
+    queries = torch.tensor([n for n in range(len(labels)) if n not in chosen])
+    assert torch.equal(labels_Q, labels[queries])
+    prototypes_CKD = F.class_prototypes(heads[chosen], labels[chosen], 4)
+    if metric is None:
+        assert_close(cosines_QKC, F.cosines(heads[queries], prototypes_CKD))
+        return
+    means_CKD, counts_C = F.class_prototypes(heads, labels, 4), labels.bincount()
+    inverses_KDD = metric.transform(shrinkage).double()
+    for n, found_KC in zip(queries, cosines_QKC, strict=True):
+        residual_KD = (heads[n] - means_CKD[labels[n]]).double()
+        count = int(counts_C[labels[n]])
+        share = (1 - shrinkage) / metric.freedom * count / (count - 1)
+        of_rest_KDD = (inverses_KDD @ inverses_KDD).inverse() - share * residual_KD[:, :, None] * residual_KD[:, None]
+        query_KD1 = (heads[n] - metric.mean_KD).double()[:, :, None]
+        centred_KDC = (prototypes_CKD - metric.mean_KD).double().permute(1, 2, 0)
+        inner_KC = (query_KD1.mT @ of_rest_KDD.inverse() @ centred_KDC)[:, 0]
+        query_K1 = (query_KD1.mT @ of_rest_KDD.inverse() @ query_KD1)[:, 0]
+        square_KC = (centred_KDC * (of_rest_KDD.inverse() @ centred_KDC)).sum(1)
+        assert_close(found_KC.double(), inner_KC / (query_K1 * square_KC).sqrt(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("temperature", "numbers"), [("global", 1), ("per_head", 6)])
+def test_learned_temperatures_start_at_the_chosen_ones(temperature, numbers):
+    heads, labels = make_set(4, noise=1.5)
+    fixed = LearnedWeights(steps=0).fit(heads, labels, 4)
+    learned = LearnedWeights(temperature=temperature, steps=0).fit(heads, labels, 4)
+    assert learned.log_tau.numel() == numbers
+    assert_close(learned.log_tau.exp().mean(), fixed.tau_K.mean())
+    if temperature == "per_head":
+        assert_close(learned(heads), fixed(heads))
 
 
 def test_two_ranks_average_to_the_gradient_of_one():

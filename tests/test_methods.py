@@ -14,6 +14,7 @@ from calm_pl.methods.compare import Fold, Row, compare, paired_differences, t_qu
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.selection import Grid, best_of, judge_all, judged_clips
+from calm_pl.training import metrics
 from tests.test_baselines import make_set
 
 FORMULA = {"tau": 0.07, "scheme": "margin_clamped", "tau_w": 0.3, "top_k": 0, "alpha": 0.0}
@@ -104,6 +105,18 @@ def test_what_the_caller_fixes_is_not_chosen():
     learned = LearnedWeights(tau=0.2, shrinkage=0.2, steps=3, to_start=2.0, to_shared=5.0).fit(heads, labels, 4)
     expected = {"tau": 0.2, "shrinkage": 0.2, "steps": 3, "to_start": 2.0, "to_shared": 5.0}
     assert {key: learned.choices()[key] for key in expected} == expected
+    likeliest = LearnedWeights(tau=0.3, shrinkage=0.2, centre=0.5, steps=0).fit(heads, labels, 4).choices()["likeliest"]
+    assert (likeliest["tau"], likeliest["shrinkage"], likeliest["centre"]) == (0.3, 0.2, 0.5)
+
+
+@pytest.mark.parametrize("make", [Calm, lambda: Calm("whitened"), LearnedWeights])
+def test_of_single_clips_probabilities_are_the_scores_themselves(make):
+    method = make().fit(*make_set(1), 4)
+    queries, _ = make_set(3, seed=5)
+    weights_KC = method.weights() if isinstance(method, LearnedWeights) else method.weights_KC
+    tau = method.tau_K if isinstance(method, LearnedWeights) else method.choices()["tau"]
+    scores_NC = method.vote(queries, weights_KC, tau)
+    assert_close(method(queries), scores_NC / scores_NC.sum(1, keepdim=True))
 
 
 def test_a_perfect_support_set_makes_nobody_surer_than_its_clips_tell():
@@ -120,6 +133,10 @@ def test_calibration_lowers_the_likelihood_loss_and_keeps_the_order():
     scores = torch.softmax(logits / 5, 1)
     temperature, report = calibrate(scores, labels)
     assert 0.1 < temperature < 0.4
+    of_test_clips = metrics.figures(scores, labels)
+    assert report["before"] == pytest.approx(
+        {name: of_test_clips[name] for name in ("accuracy", "nll", "brier", "ece")}
+    )
     assert report["after"]["nll"] < report["before"]["nll"]
     assert report["after"]["ece"] < report["before"]["ece"]
     assert torch.equal(temper(scores, temperature).argmax(1), scores.argmax(1))
