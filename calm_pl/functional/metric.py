@@ -165,7 +165,7 @@ class HeadMetric:
     def oas(self) -> Tensor:
         """The g of each head by oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698): (K,)."""
         square_K, dimension_K = self.values_KM.square().sum(1), self.dimension_K
-        trace_square_K = dimension_K.float().square()
+        trace_square_K = dimension_K.square()
         over_K = (1 - 2 / dimension_K) * square_K + trace_square_K
         under_K = (max(1, self.freedom) + 1 - 2 / dimension_K) * (square_K - dimension_K).clamp_min(1e-12)
         return (over_K / under_K).clamp(0, 1)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_calibration_error,
     multilabel_average_precision,
-    multilabel_exact_match,
     multilabel_f1_score,
 )
 
@@ -67,7 +66,6 @@ def multi_label_figures(probabilities_NC: Tensor, labels_NC: Tensor) -> dict[str
         "sample_f1": (top_NC * labels_NC).sum(1) / count_N,
     }
     results: dict[str, Any] = {name: float(values_N.mean()) for name, values_N in per_clip.items()}
-    results["exact_match"] = float(multilabel_exact_match(top_NC, labels_NC, C))
     f1_C = multilabel_f1_score(top_NC, labels_NC, C, average="none")
     results["macro_f1"] = float(f1_C[(top_NC + labels_NC).any(0)].mean())
     seen = labels_NC.any(0)
