@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
 
-from calm_pl.methods.calibration import CALIBRATION_BINS
+from calm_pl.methods.calibration import CALIBRATION_BINS, MIN_PROBABILITY
 from calm_pl.training import metrics
 from calm_pl.training.metrics import (
     BOOTSTRAP_RESAMPLES,
@@ -43,6 +43,58 @@ def test_draws_are_the_figures_of_the_clips_repeated(clips, classes, seed):
         # A macro average of torchmetrics leaves out classes that are neither said nor true.
         expected = multiclass_f1_score(said_N[rows_N], true_N[rows_N], classes, average="macro")
         assert f1 == pytest.approx(float(expected), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=15)  # 500 resamples each
+@given(st.integers(1, 30), st.integers(2, 5), st.integers(0, 2**31))
+def test_figures_are_those_of_the_definitions(clips, classes, seed):
+    """Some clips have no answer: wrong, of no class, and with no confidence."""
+    generator = torch.Generator().manual_seed(seed)
+    probabilities_NC = torch.randn(clips, classes, generator=generator).softmax(1)
+    probabilities_NC[torch.rand(clips, generator=generator) < 0.2] = 0
+    labels_N = torch.randint(classes, (clips,), generator=generator)
+    said = [int(row.argmax()) if row.any() else None for row in probabilities_NC]
+    true = labels_N.tolist()
+    truth_NC = torch.eye(classes)[labels_N]
+    f1s = []
+    for c in {*said, *true} - {None}:
+        both = sum(s == t == c for s, t in zip(said, true, strict=True))
+        f1s.append(2 * both / (said.count(c) + true.count(c)))
+    bins = [[] for _ in range(CALIBRATION_BINS)]
+    for row, s, t in zip(probabilities_NC, said, true, strict=True):
+        bins[min(CALIBRATION_BINS - 1, int(row.max() * CALIBRATION_BINS))].append(float(row.max()) - (s == t))
+    expected = {
+        "accuracy": sum(s == t for s, t in zip(said, true, strict=True)) / clips,
+        "macro_f1": sum(f1s) / len(f1s),
+        "nll": float(-(probabilities_NC * truth_NC).sum(1).clamp_min(MIN_PROBABILITY).log().mean()),
+        "brier": float((probabilities_NC - truth_NC).square().sum(1).mean()),
+        "ece": sum(abs(sum(gaps)) for gaps in bins) / clips,
+    }
+    found = figures(probabilities_NC, labels_N)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_intervals_of_many_clips_are_as_wide_as_the_normal_distribution_has_them():
+    generator = torch.Generator().manual_seed(0)
+    probabilities_NC = torch.randn(400, 3, generator=generator).softmax(1)
+    labels_N = torch.multinomial(probabilities_NC, 1, generator=generator)[:, 0]
+    truth_NC = torch.eye(3)[labels_N]
+    several = multi_label_figures(probabilities_NC, truth_NC)
+    for found in (figures(probabilities_NC, labels_N), several):
+        for name, values_N in {
+            "accuracy": (probabilities_NC.argmax(1) == labels_N).float(),
+            "nll": -(probabilities_NC * truth_NC).sum(1).log(),
+            "brier": (probabilities_NC - truth_NC).square().sum(1),
+        }.items():
+            low, high = found[f"{name}_interval"]
+            assert (low + high) / 2 == pytest.approx(found[name], rel=0.02)
+            assert (high - low) / 2 == pytest.approx(1.96 * float(values_N.std()) / 20, rel=0.1)
+        for name in ("macro_f1", "ece"):
+            low, high = found[f"{name}_interval"]
+            assert low < found[name] < high
+    for name in ("exact_match", "sample_f1", "map"):
+        low, high = several[f"{name}_interval"]
+        assert low < several[name] < high
 
 
 def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_once(monkeypatch):

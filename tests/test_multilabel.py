@@ -103,6 +103,15 @@ def test_resampled_map_is_that_of_the_clips_repeated(clips, seed):
     assert found_R.tolist() == pytest.approx([sum(expected) / len(expected)], abs=1e-5)
 
 
+def test_a_clip_without_an_answer_is_said_to_have_no_label():
+    answered_NC = torch.tensor([[0.0, 0, 0], [0.2, 0.3, 0.5]])
+    found = multi_label_figures(answered_NC, torch.tensor([[1, 1, 0], [0, 0, 1]]))
+    for name in ("accuracy", "exact_match", "sample_f1"):
+        assert found[name] == 0.5
+    assert found["macro_f1"] == pytest.approx(1 / 3)
+    assert multi_label_figures(answered_NC[:0], torch.zeros(0, 3)) == figures(answered_NC[:0], torch.zeros(0)) == {}
+
+
 def test_one_label_a_clip_is_the_common_case():
     generator = torch.Generator().manual_seed(1)
     probabilities_NC = torch.rand(40, 4, generator=generator).softmax(1)
