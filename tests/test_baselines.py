@@ -91,6 +91,10 @@ def test_baselines_are_their_formulas():
     assert_close(grw(queries), (posteriors_NKC * weights_K[:, None]).sum(1))
     assert_close(MeanOfHeads(tau=0.2).fit(heads, labels, 4)(queries), posteriors_NKC.mean(1))
 
+    sav = SAV(num_heads=1).fit(heads, labels, 4)
+    best = int((F.nearest_prototypes(heads, prototypes) == labels[:, None]).sum(0).argmax())
+    assert torch.equal(sav(queries), torch.eye(4)[F.nearest_prototypes(queries, prototypes)[:, best]])
+
     nearest = NearestPrototype(num_heads=2, tau=0.3).fit(heads, labels, 4)
     last_N1F, last_CF = queries[:, None, -2:].flatten(2), prototypes[:, -2:].flatten(1)
     assert_close(nearest(queries), torch.softmax(torch.cosine_similarity(last_N1F, last_CF, dim=-1) / 0.3, 1))

@@ -209,6 +209,7 @@ def test_half_precision_is_computed_in_float32(episode, dtype, tau):
         return (
             prototypes,
             posteriors,
+            F.head_posteriors(queries, prototypes, tau),
             F.vote(queries, prototypes, weights, tau),
             F.whiten(queries, mean, transform),
         )
@@ -356,6 +357,7 @@ NAN = torch.full_like(HEADS, torch.nan)
     [
         (lambda: F.class_prototypes(HEADS[0], LABELS, 2), "heads_NKD"),
         (lambda: F.class_prototypes(NAN, LABELS, 2), "heads_NKD"),
+        (lambda: F.class_prototypes(HEADS[:, :0], LABELS, 2), "heads_NKD"),
         (lambda: F.class_prototypes(HEADS.long(), LABELS, 2), "heads_NKD"),
         (lambda: F.class_prototypes(HEADS.tolist(), LABELS, 2), "heads_NKD: a tensor is needed; got list"),
         (lambda: F.class_prototypes(HEADS.double() * 1e39, LABELS, 2), "heads_NKD"),

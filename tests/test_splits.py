@@ -97,6 +97,8 @@ def test_a_split_is_stratified_and_keeps_groups_together(counts, groups, fractio
         largest = 1 if groups is None else -(-count // groups)
         assert 1 <= tested <= count - 1
         assert abs(tested - fraction * count) <= max(1, largest)
+        if groups is None:
+            assert tested == min(max(1, round(fraction * count)), count - 1)
     assert parted == split_clips(clips, fraction, seed)
 
 
@@ -112,6 +114,12 @@ def test_groups_of_several_classes_stay_on_one_side(rows: list[tuple[str, int]],
     assert {(clip.split, clip.label) for clip in parted} == {
         (split, label) for split in ("train", "test") for label, _ in rows
     }
+
+
+@given(seeds)
+def test_a_share_that_the_groups_allow_is_met(seed: int) -> None:
+    clips = [Clip(f"/{n}.wav", "dog", group=group) for n, group in enumerate("aa" + "b" * 10 + "cc")]
+    assert sum(clip.split == "test" for clip in split_clips(clips, 4 / 14, seed)) == 4
 
 
 def test_parts_of_one_file_stay_together() -> None:
@@ -130,8 +138,10 @@ def test_classes_that_cannot_be_split_are_listed() -> None:
 
 
 def test_leaks_are_found() -> None:
-    with pytest.raises(ValueError, match="1 groups are in training and in test: g"):
-        check_disjoint([Clip("/a.wav", group="g")], [Clip("/b.wav", group="g")])
+    for count, named in ((1, "a"), (5, "a, b, c, d, e"), (6, "a, b, c, d, e and 1 more")):
+        sides = ([Clip(f"/{side}{group}.wav", group=group) for group in "abcdef"[:count]] for side in "xy")
+        with pytest.raises(ValueError, match=f"^{count} groups are in training and in test: {named}$"):
+            check_disjoint(*sides)
     with pytest.raises(ValueError, match=r"1 test clips are also training clips: /a\.wav"):
         check_disjoint([Clip("/a.wav")], [Clip("/a.wav", start=3.0)])
     with pytest.raises(ValueError, match="also training clips"):

@@ -13,7 +13,8 @@ from calm_pl.methods.calibration import best_temperature
 from calm_pl.methods.calm import Calm
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.leave_one_out import LeaveOneOut
-from calm_pl.methods.metric_space import Whitened
+from calm_pl.methods.metric_space import CENTRE, Whitened, directions
+from calm_pl.methods.selection import SHRINKAGES
 from tests.test_baselines import make_set
 
 
@@ -207,6 +208,20 @@ def test_every_method_works_in_the_metric(method):
     assert_close(loaded(queries), fitted(queries))
     assert (fitted(queries).argmax(1) == truth).float().mean() > 0.4
     assert fitted.choices()["metric_shrinkage"] in (0.03, 0.1, 0.3, 1.0)
+
+
+def test_a_method_in_the_metric_has_the_likeliest_shrinkage_of_all_heads_voting_alike():
+    chosen = []
+    for width in (8, 16, 32):
+        heads, labels = make_set(6, width=width, noise=0.3)
+        metric = HeadMetric.estimate(directions(heads), labels, 4, CENTRE)
+        left_out, nll = LeaveOneOut(directions(heads), labels, 4, metric), {}
+        for shrinkage in SHRINKAGES:
+            scores_NC = torch.softmax(left_out.cosines(shrinkage) / 0.15, -1).mean(1)
+            nll[shrinkage] = best_temperature(scores_NC, labels)[1]
+        chosen.append(Whitened(MeanOfHeads()).fit(heads, labels, 4).choices()["metric_shrinkage"])
+        assert chosen[-1] == min(nll, key=nll.get)
+    assert len(set(chosen)) == 3
 
 
 def test_the_metric_takes_out_what_varies_in_every_class():
