@@ -114,13 +114,15 @@ def test_a_baseline_in_the_metric_can_be_the_classifier(labelled, tiny_lalm, tmp
 
 
 def test_heads_trusted_on_another_set_are_trusted_from_the_start(labelled, tiny_lalm, tmp_path):
-    base = CalmClassifier(LearnedWeights(tau=0.05)).fit(*labelled, backbone=tiny_lalm)
-    base.save_pretrained(tmp_path / "run" / "classifier")
+    folders = [str(tmp_path / "run"), str(tmp_path / "other")]
+    bases = [CalmClassifier(LearnedWeights(tau=tau)).fit(*labelled, backbone=tiny_lalm) for tau in (0.05, 0.3)]
+    for folder, base in zip(folders, bases, strict=True):
+        base.save_pretrained(Path(folder) / "classifier")
     one_shot = [labelled[0][i] for i in (0, 4, 8)], [labelled[1][i] for i in (0, 4, 8)]
-    wanted_K = base.method.weights().mean(1)
+    wanted_K = sum(base.method.weights().mean(1) for base in bases) / 2
     far = []
     for base_clips in (0.0, 1e6):
-        method = LearnedWeights(base=[str(tmp_path / "run")], base_clips=base_clips, tau=0.15)
+        method = LearnedWeights(base=folders, base_clips=base_clips, tau=0.15)
         fitted = CalmClassifier(method).fit(*one_shot, backbone=tiny_lalm)
         far.append((fitted.method.weights().mean(1) - wanted_K).abs().max())
     assert far[1] < 1e-3 < far[0]

@@ -126,6 +126,16 @@ def test_a_class_that_no_clip_has_or_is_said_to_have_is_no_part_of_the_macro_f1(
     assert found["macro_f1"] == 1 and found["macro_f1_interval"] == [1, 1]
 
 
+def test_rows_of_0_and_1_become_the_one_class_that_each_clip_has():
+    probabilities_NC, rows_NC = torch.rand(3, 3).softmax(1), torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]])
+    scores = ClipScores()
+    for n in (2, 0, 1):
+        scores.update(torch.tensor([n]), probabilities_NC[n : n + 1], rows_NC[n : n + 1])
+    scores.one_label_each()
+    assert scores.of_all_ranks()[2].tolist() == [2, -1, 0]
+    assert scores.compute() == figures(probabilities_NC[[0, 2]], torch.tensor([2, 0]))
+
+
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.eye(3)[:2]], ids=["one", "several"])
 def test_a_probability_that_rounds_to_more_than_1_is_1(labels):
     scores = {}
