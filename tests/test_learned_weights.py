@@ -175,6 +175,7 @@ def test_ranks_give_the_only_clips_of_classes_the_noise_that_one_process_gives_t
     whole = source.draw(7)
     for label in (4, 5, 6):
         assert_close(apart[order == label], whole.cosines_QKC[whole.labels_Q == label])
+        assert whole.cosines_QKC[whole.labels_Q == label][..., label].mean() < 0.95
 
 
 def test_settings_that_are_tried_together_do_as_each_alone():

@@ -98,10 +98,10 @@ def test_the_weights_that_judge_a_fold_are_those_that_the_other_clips_make():
 
 def test_what_the_caller_fixes_is_not_chosen():
     heads, labels = make_set(4)
-    given = {"tau": 0.2, "scheme": "prob_softmax", "tau_w": 0.4, "top_k": 2, "alpha": 1.0, "shrinkage": 0.2}
+    given = {"tau": 0.2, "scheme": "prob_softmax", "tau_w": 0.4, "top_k": 4, "alpha": 1.0, "shrinkage": 0.2}
     method = Calm(metric="whitened", **given).fit(heads, labels, 4)
     assert {key: method.choices()[key] for key in given} == given
-    assert ((method.weights_KC > 0).sum(0) == 2).all()
+    assert ((method.weights_KC > 0).sum(0) == 4).all()
     learned = LearnedWeights(tau=0.2, shrinkage=0.2, steps=3, to_start=2.0, to_shared=5.0).fit(heads, labels, 4)
     expected = {"tau": 0.2, "shrinkage": 0.2, "steps": 3, "to_start": 2.0, "to_shared": 5.0}
     assert {key: learned.choices()[key] for key in expected} == expected
