@@ -8,13 +8,12 @@ from torch.testing import assert_close
 
 from calm_pl.functional import HeadMetric
 from calm_pl.methods import selection
-from calm_pl.methods.calibration import best_temperature, calibrate, temper
+from calm_pl.methods.calibration import best_temperature, calibrate, figures, temper
 from calm_pl.methods.calm import Calm, formula_weights
 from calm_pl.methods.compare import Fold, Row, compare, paired_differences, t_quantile
 from calm_pl.methods.learned import LearnedWeights
 from calm_pl.methods.leave_one_out import LeaveOneOut
 from calm_pl.methods.selection import Grid, best_of, judge_all, judged_clips
-from calm_pl.training import metrics
 from tests.test_baselines import make_set
 
 FORMULA = {"tau": 0.07, "scheme": "margin_clamped", "tau_w": 0.3, "top_k": 0, "alpha": 0.0}
@@ -133,10 +132,7 @@ def test_calibration_lowers_the_likelihood_loss_and_keeps_the_order():
     scores = torch.softmax(logits / 5, 1)
     temperature, report = calibrate(scores, labels)
     assert 0.1 < temperature < 0.4
-    of_test_clips = metrics.figures(scores, labels)
-    assert report["before"] == pytest.approx(
-        {name: of_test_clips[name] for name in ("accuracy", "nll", "brier", "ece")}
-    )
+    assert report["before"] == pytest.approx(figures(scores, labels))
     assert report["after"]["nll"] < report["before"]["nll"]
     assert report["after"]["ece"] < report["before"]["ece"]
     assert torch.equal(temper(scores, temperature).argmax(1), scores.argmax(1))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
 
+from calm_pl.methods import calibration
 from calm_pl.methods.calibration import CALIBRATION_BINS, MIN_PROBABILITY
 from calm_pl.training import metrics
 from calm_pl.training.metrics import (
@@ -72,6 +73,11 @@ def test_figures_are_those_of_the_definitions(clips, classes, seed):
     }
     found = figures(probabilities_NC, labels_N)
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    answered_N = probabilities_NC.any(1)
+    if answered_N.any():  # and those that choosing on a support set goes by
+        found = figures(probabilities_NC[answered_N], labels_N[answered_N])
+        of_support = calibration.figures(probabilities_NC[answered_N], labels_N[answered_N])
+        assert of_support == pytest.approx({name: found[name] for name in of_support}, abs=1e-5)
 
 
 def test_the_intervals_of_many_clips_are_as_wide_as_the_normal_distribution_has_them():
