@@ -76,15 +76,13 @@ class Protocol:
             )
 
     def among_options(self, probabilities_BC: Tensor, clips: Sequence[Clip], classes: Sequence[str]) -> Tensor:
-        """With ``within_options`` the probabilities without classes that the clips' questions do not list.
+        """The probabilities without classes that the clips' questions do not list, as ``within_options`` asks for.
 
         Rows sum to 1 again; where a method gives none of the options any probability, they share it.
 
         Raises:
             ValueError: a clip's options are no classes.
         """
-        if not self.within_options:
-            return probabilities_BC
         index = {name: c for c, name in enumerate(classes)}
         listed_BC = torch.zeros_like(probabilities_BC)
         for row, clip in enumerate(clips):
