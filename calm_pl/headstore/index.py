@@ -60,7 +60,6 @@ class ShardIndex:
         Where shards went away meanwhile, others may be merging them into one that this look came too early for, or
         that a listing of the folder, which is no snapshot, passed over.
         """
-        self._gone = {key for key in self._gone if key not in self}
         for _ in range(LOOKS):
             lost = self._look()
             self._gone = {key for key in self._gone if key not in self}
