@@ -17,13 +17,14 @@ def old_file() -> Path:
 
 
 def test_an_unchanged_file_is_read_once(tmp_path: Path) -> None:
-    digest = file_digest(old_file(), tmp_path)
-    (memory,) = (tmp_path / "digests").iterdir()
+    root = tmp_path / "not there" / "before the first run"
+    digest = file_digest(old_file(), root)
+    (memory,) = (root / "digests").iterdir()
     memory.write_text(memory.read_text().replace(digest, "remembered"))
-    assert file_digest(old_file(), tmp_path) == "remembered"
+    assert file_digest(old_file(), root) == "remembered"
     link = tmp_path / "link.py"
     link.symlink_to(old_file())
-    assert file_digest(link, tmp_path) == "remembered"
+    assert file_digest(link, root) == "remembered"
 
 
 @pytest.mark.parametrize("field", [0, 1, 2], ids=["size", "modified", "changed"])
@@ -128,3 +129,12 @@ def test_many_files_show_how_far_it_is(
     monkeypatch.setenv("LOCAL_RANK", "1")
     file_digests(files, tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_what_was_hashed_before_an_interruption_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "PART", 1)
+    monkeypatch.setattr(digests, "SAVE_EVERY_SECONDS", 0)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        file_digests([old_file(), tmp_path / "gone.wav"], tmp_path)
+    (memory,) = (tmp_path / "digests").iterdir()
+    assert str(old_file()) in memory.read_text()

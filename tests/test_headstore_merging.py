@@ -34,6 +34,16 @@ def test_reader_follows_a_merge(tmp_path: Path) -> None:
     assert torch.equal(reader.read(keys), before)
 
 
+def test_a_clip_is_held_as_long_as_one_of_its_shards_is_there(tmp_path: Path) -> None:
+    store = HeadStore(KEY, tmp_path)
+    for seed in range(3):
+        store.write(["a"], heads(1, seed))
+    for seed, path in enumerate(shards(store)):
+        assert torch.equal(store.read(["a"]), heads(1, seed).half().float())
+        path.unlink()
+        assert store.missing(["a"]) == ([0] if seed == 2 else [])
+
+
 def test_a_listing_that_passed_a_merged_shard_over_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,8 +37,9 @@ def test_batches_that_were_planned_are_taken_whole_until_all_of_the_plan_is_held
     assert plan(other, list("abcde"), batch_size=3) == [["c", "e"]]
     assert plan(other, list("ab")) == []
     store.write(["c", "e"], heads(2))
+    (store.folder / "plan-0.json").symlink_to("gone")  # as one that another run deletes at this moment
     assert plan(store, ["x", "y"]) == [["x"], ["y"]]
-    assert len(plan_files(store)) == 2  # of x, of y
+    assert len(plan_files(store)) == 3  # of x, of y, and that which is gone
 
 
 def test_plans_that_are_never_finished_do_not_gather(tmp_path: Path) -> None:
@@ -47,6 +48,17 @@ def test_plans_that_are_never_finished_do_not_gather(tmp_path: Path) -> None:
         plan(store, [str(index)])
     assert len(plan_files(store)) == KEPT + 1
     assert plan(store, ["73", "x"]) == [["73"], ["x"]]
+
+
+def test_plans_that_may_not_be_deleted_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "another user's, in a folder with the sticky bit")
+
+    store = HeadStore(KEY, tmp_path)
+    plan(store, ["a"])
+    store.write(["a"], heads(1))
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: refuse() if path.name.startswith("plan-") else None)
+    assert plan(store, ["a", "b"]) == [["b"]]
 
 
 def test_a_folder_that_takes_no_plan_is_planned_for_all_the_same(
