@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import resource
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from calm_pl.backbone.errors import BackboneError
 from calm_pl.backbone.lalm import FrozenLALM
 from calm_pl.backbone.processing import LALMInputs
 from calm_pl.backbone.spec import Backbone
-from calm_pl.clip import Clip
+from calm_pl.clip import Clip, length_batches
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.stream import ClipBatches, stream_loader
 from calm_pl.headstore import HeadStore
@@ -85,11 +87,18 @@ def test_what_does_not_fit_alone_is_an_error(small_gpu, tones, tiny_lalm, tmp_pa
 
 
 def test_the_largest_batch_that_fits_is_found(small_gpu, tones, tmp_path):
-    (tmp_path / "longest but empty.wav").write_bytes(b"")
-    clips = [*read_manifest(tones), Clip(str(tmp_path / "longest but empty.wav"))]
+    longest = tmp_path / "longest by its header, but no sound.wav"
+    soundfile.write(longest, np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    clips = [*read_manifest(tones), Clip(str(longest))]
     here = torch.device("cpu")
     assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips, here) == 2
     assert fitting_batch_size(small_gpu.forward, small_gpu.processor, clips, here, largest=1) == 1
+
+
+def test_batches_are_of_clips_of_similar_length_the_longest_first(tmp_path):
+    paths = [tone(tmp_path / f"{index}.wav", 300, seconds) for index, seconds in enumerate((0.2, 0.5, 0.9, 0.5))]
+    clips = [Clip(str(tmp_path / "gone.wav")), *(Clip(str(path)) for path in paths), Clip(str(paths[2]), end=0.4)]
+    assert length_batches(clips, 2) == [[3, 2], [4, 5], [1, 0]]
 
 
 def test_auto_is_a_constant_on_cpu(unbroken, tones, tiny_lalm, tmp_path):

@@ -184,13 +184,13 @@ def test_a_killed_run_over_a_store_that_holds_a_part_goes_on_with_its_batches(
     with killed_after(2, monkeypatch):
         extract_missing(trainer(), various, extraction, killed, batch_size=4)
     assert len(killed.missing(keys)) == 8
-    # Meanwhile another run stores one clip of the third batch, by a plan of its own that cannot use that batch.
-    third = [clip for clip in various if Path(clip.audio).name in planned[2]]
-    extract_missing(trainer(), third[:1], extraction, killed, batch_size=4)
+    # Meanwhile another run stores the first clip of the third batch, by a plan of its own that cannot use that batch.
+    stored = [clip for clip in various if Path(clip.audio).name == planned[2][0]]
+    extract_missing(trainer(), stored, extraction, killed, batch_size=4)
     runs.clear()
     extract_missing(trainer(), various, extraction, HeadStore.open(killed.folder), batch_size=4)
     assert runs == planned[2:]
-    rows = [row for row, clip in enumerate(various) if clip != third[0]]
+    rows = [row for row, clip in enumerate(various) if clip not in stored]
     assert torch.equal(killed.read(keys)[rows], unbroken.read(keys)[rows])
     assert plans(killed)
     extract_missing(trainer(), [*various, Clip(str(tone(tmp_path / "new.wav", 900, 0.5)))], extraction, killed)
