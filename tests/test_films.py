@@ -159,7 +159,7 @@ def test_bad_films_are_left_out_and_named_in_the_results(omni, tmp_path, capsys)
 @pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
 def test_films_from_shards_are_heard_and_seen_as_files_are(omni, tmp_path, modality, capsys):
     pytest.importorskip("webdataset")
-    sound, film, other = (str(tmp_path / name) for name in ("sound.wav", "film.mp4", "other.webm"))
+    sound, film, other = (str(tmp_path / name) for name in ("sound.wav", "film.MP4", "other.webm"))
     soundfile.write(sound, tone(1.5)[::-1], RATE)
     write_film(Path(film), grey(1.5), tone(1.5))
     write_film(Path(other), grey(1.0)[::-1], tone(1.0))
@@ -171,9 +171,9 @@ def test_films_from_shards_are_heard_and_seen_as_files_are(omni, tmp_path, modal
     torn.write_bytes(Path(film).read_bytes()[:700])
     whole = write_film(tmp_path / "whole.webm", grey(3.0), tone(3.0)).read_bytes()
     cut.write_bytes(whole[: len(whole) // 5])
-    unusable = [Clip(str(torn)), Clip(sound, video=str(torn)), Clip(str(cut))]
+    unusable = [Clip(str(torn)), Clip(sound, video=str(torn)), Clip(str(cut)), Clip(str(torn), video=film)]
     (shard,), errors = write_shards([*clips, *unusable], tmp_path / "tar")
-    assert [error.path for error in errors] == [str(torn)] * 2
+    assert [error.path for error in errors] == [str(torn)] * 3
 
     backbone = Backbone(str(omni), modality=modality)
     store = HeadStore(backbone.store_key(), tmp_path / "heads")

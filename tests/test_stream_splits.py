@@ -12,7 +12,7 @@ from calm_pl.backbone.spec import Backbone
 from calm_pl.data.manifest import read_manifest
 from calm_pl.data.recipes import Folder, Shards
 from calm_pl.data.shard_writer import write_shards
-from calm_pl.data.stream import ShardBatches
+from calm_pl.data.stream import ClipBatch, ShardBatches
 from tests.test_shard_extraction import listen
 
 
@@ -24,6 +24,8 @@ def test_clips_of_other_splits_are_left_out_and_counted(tones, tiny_lalm, tmp_pa
     assert {clip.split for batch in batches for clip in batch.clips} == {"test"}
     counts = sum(len(batch) for batch in batches), sum(batch.left_out for batch in batches)
     assert counts == (9, 12)
+    pinned = ClipBatch([], [], None, ["broken"], 1, 2).pin_memory()  # as a loader does where there is a GPU
+    assert (pinned.errors, pinned.cut, pinned.left_out, len(pinned)) == (["broken"], 1, 2, 0)
     assert sum(len(batch) for batch in ShardBatches(urls, Backbone(tiny_lalm), 4)) == 21
 
 
