@@ -90,6 +90,17 @@ def test_a_save_or_a_fit_that_fails_leaves_the_older_classifier(labelled, tiny_l
             with pytest.raises((TypeError, AttributeError)):
                 classifier.save_pretrained(tmp_path)
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == older
+    replace = Path.replace
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        # Killed right before the config, which is the last to come.
+        patched.setattr(Path, "replace", lambda file, to: broken_off() if to.suffix == ".json" else replace(file, to))
+        classifier.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no classifier"):
+        CalmClassifier.from_pretrained(tmp_path)
+
+
+def broken_off() -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_shipped_backbone_is_saved_by_its_name(tones, tmp_path, monkeypatch):
@@ -290,8 +301,9 @@ def test_unfitted_says_what_to_do():
 
 
 def test_a_folder_without_classifier_says_what_to_give(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no classifier"):
-        CalmClassifier.from_pretrained(tmp_path)
+    for nothing, message in ((tmp_path, "holds no"), ("no-folder", "holds no"), ("a/b", "a/b is no folder here, and")):
+        with pytest.raises(FileNotFoundError, match=message):
+            CalmClassifier.from_pretrained(nothing)
 
 
 def edited(change):
