@@ -99,6 +99,13 @@ def test_another_question_is_asked_of_every_fold(all_folds):
     assert not is_finished(folder / "fold1", {**config, "data": {**config["data"], "shots": 1}})
 
 
+def test_results_without_their_configuration_are_found_anew(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    assert not is_finished(tmp_path, {})
+    (tmp_path / "config.yaml").write_text("{}")
+    assert is_finished(tmp_path, {})
+
+
 def test_a_method_that_a_fold_lacks_is_not_averaged():
     fold = {"methods": {"calm": {"accuracy": 0.5}, "sav": {"accuracy": 0.4}}, "splits": {"support": 2, "test": 3},
             "timing": {}, "skipped": []}  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from calm_pl.clip import Clip
 from calm_pl.data.options import mcq
+from calm_pl.data.protocol import Protocol
 
 LABELS = ["Dog bark", "Rain", "Rooster", "Fire crackling", "Sea waves"]
 CLIPS = [Clip(f"/data/{n}.wav", LABELS[n % 5], "train") for n in range(40)]
@@ -68,3 +69,5 @@ def test_errors() -> None:
         mcq([Clip("/a.wav")], LABELS)
     with pytest.raises(ValueError, match="4 options need 3 labels that it does not have"):
         mcq([Clip("/a.wav", ("Rain", "Rooster", "Dog bark"))], LABELS)
+    with pytest.raises(ValueError, match=r"/a\.wav: has no answer options"):
+        Protocol("mcq").check_own(Clip("/a.wav"))  # of a stream

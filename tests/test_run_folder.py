@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from calm_pl.run.cli import dataset_name
+from calm_pl.run.cli import checkpoint_arguments, dataset_name
 from calm_pl.run.finished import is_finished
+from calm_pl.run.folder import remove_findings
+from calm_pl.training.module import CHECKPOINT_KEY
 from tests.test_run import calm, options
 
 FORMULA = ("--model", "formula", "--model.zero_shot", "false")
@@ -38,12 +41,26 @@ def test_a_fit_that_cannot_begin_leaves_what_an_earlier_one_found(finished, tone
     assert files(finished) == before
 
 
-def test_a_fit_with_other_settings_takes_away_the_checkpoint_too(finished, tones, tiny_lalm):
+def test_a_fit_with_other_settings_takes_away_the_checkpoint_too(finished, tones, tiny_lalm, monkeypatch):
     (finished / "on-esc10").mkdir()
     (finished / "checkpoints" / "epoch=3.ckpt").touch()
-    calm("fit", *options(tones, tiny_lalm, "--run_dir", finished, *FORMULA, "--data.seed", "1"))
+    monkeypatch.setenv("HOME", str(tones.parent))
+    calm("fit", *options(Path("~", tones.name), tiny_lalm, "--run_dir", finished, *FORMULA, "--data.seed", "1"))
     assert [file.name for file in (finished / "checkpoints").iterdir()] == ["last.ckpt"]
     assert not (finished / "on-esc10").exists()
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["data"]["recipe"]["init_args"]["data_dir"] == str(tones)
+
+
+def test_a_fit_that_goes_on_from_a_checkpoint_of_the_run_keeps_it(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    (tmp_path / "results.json").touch()
+    remove_findings(tmp_path, but=checkpoint)
+    assert list(files(tmp_path)) == ["checkpoints/last.ckpt"]
+    remove_findings(tmp_path, but=tmp_path.parent / "of another run.ckpt")
+    assert not checkpoint.exists()
 
 
 def test_files_that_no_run_wrote_are_not_replaced(tones, tiny_lalm, tmp_path):
@@ -94,6 +111,35 @@ def test_every_folder_of_sounds_has_a_run_of_its_own(tmp_path):
     assert dataset_name(own, str(tmp_path / "my birds")) == "folder-my-birds"
     assert dataset_name("calm_pl.data.recipes.Manifest", "sets/frogs.jsonl") == "manifest-frogs"
     assert dataset_name("calm_pl.data.recipes.Synthetic", None) == "synthetic"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """The least that a run can be tested from."""
+    recipe = {"class_path": "calm_pl.data.recipes.Folder", "init_args": {"data_dir": "sounds"}}
+    config = yaml.safe_dump({"data": {"recipe": recipe, "shots": 2}, "run_dir": "where it was", "test_after_fit": True})
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save({CHECKPOINT_KEY: {"config": config}}, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    return tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "place"), [("", "run"), ("recipe: {class_path: calm_pl.data.recipes.Synthetic}", "run/on-synthetic")]
+)
+def test_a_file_that_names_another_data_set_is_told_from_one_that_names_none(checkpoint, tmp_path, recipe, place):
+    (tmp_path / "data.yaml").write_text(f"shots: 3\n{recipe}")
+    given = ["--ckpt_path", str(checkpoint.parents[1]), "--data", str(tmp_path / "data.yaml")]
+    command, option, kept, *rest = checkpoint_arguments(["test", *given])
+    assert (command, option, rest) == ("test", "--config", ["--ckpt_path", str(checkpoint), *given[2:]])
+    config = yaml.safe_load(Path(kept).read_text())
+    assert config["run_dir"] == str(tmp_path / place) and "test_after_fit" not in config
+
+
+@pytest.mark.parametrize("option", [["--config", "mine.yaml"], ["-c", "mine.yaml"], ["--config=mine.yaml"]])
+def test_a_configuration_that_is_given_is_not_mixed_with_that_of_the_checkpoint(checkpoint, option):
+    apart = ["--config", "mine.yaml"] if "=" in option[0] else option
+    found = checkpoint_arguments(["test", *option, f"--ckpt_path={checkpoint.parents[1]}"])
+    assert found == ["test", *apart, "--ckpt_path", str(checkpoint)]
 
 
 def test_a_path_is_the_same_from_wherever_it_is_written(tmp_path, monkeypatch):
