@@ -232,6 +232,7 @@ def test_what_another_process_started_goes_on_here(shots):
     other = LearnedWeights(steps=3, to_start=2.0, to_shared=5.0, lr=0.1)
     other.started_as(one.state_dict(), heads, labels, 4)
     assert other.trust == one.trust and (other.source is None) == (one.source is None) == (shots == 1)
+    assert other.num_steps == one.num_steps == (0 if shots == 1 else 3)
     for step in range(2):
         assert_close(other.training_loss(step), one.training_loss(step))
     assert_close(other.finish()(heads), one.finish()(heads))

@@ -147,8 +147,8 @@ class LearnedWeights(MetricSpace):
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps that the support set asked for, or the caller."""
-        return self.trust.steps if self.steps is None else self.steps
+        """Optimiser steps that the support set asked for, or the caller; none where no class has two clips."""
+        return self.trust.steps
 
     @property
     def learning_rate(self) -> float:
