@@ -214,6 +214,15 @@ def test_a_shard_cut_anywhere_is_found(tmp_path: Path) -> None:
         assert_found(tmp_path, path)
 
 
+def test_a_shard_cut_after_a_look_at_its_header_is_found(tmp_path: Path) -> None:
+    _, path = two_shards(tmp_path)
+    reader = HeadStore(KEY, tmp_path)
+    assert len(reader) == 3
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=path.name):
+        assert reader.missing(["a", "b", "c"]) == [0, 1]
+
+
 def test_damaged_clips_are_written_again(tmp_path: Path) -> None:
     store, path = two_shards(tmp_path)
     content = bytearray(path.read_bytes())

@@ -65,6 +65,8 @@ def test_a_listing_that_passed_a_merged_shard_over_is_not_believed(
     for path in merged:
         path.unlink()  # by a person: these will not come back
     assert reader.missing(["0", "1", "2"]) == [0, 1, 2]
+    looks.clear()
+    assert reader.missing(["0", "1", "2"]) == [0, 1, 2] and len(looks) == 1  # nor are they waited for again
 
 
 def test_a_shard_that_goes_and_comes_back_while_it_is_opened_is_read(

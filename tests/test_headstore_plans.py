@@ -30,6 +30,7 @@ def plan_files(store: HeadStore) -> list[Path]:
 def test_batches_that_were_planned_are_taken_whole_until_all_of_the_plan_is_held(tmp_path: Path) -> None:
     store, other = HeadStore(KEY, tmp_path), HeadStore(KEY, tmp_path)
     assert plan(store, list("abcde")) == [["a", "b"], ["c", "d"], ["e"]]
+    assert plan(other, list("ba")) == [["a", "b"]]
     store.write(["a", "b", "d"], heads(3))
     assert plan(other, list("edcba")) == [["c", "d"], ["e"]]  # whatever the order
     assert plan(other, list("eca")) == [["e"], ["c"]]  # d is not here
