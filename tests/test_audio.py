@@ -183,7 +183,9 @@ def test_segments_outside_the_file_are_errors(tmp_path: Path) -> None:
     soundfile.write(path, tone(), RATE)
     for segment in ({"start": 2.0}, {"start": -0.5}, {"end": 2.1}, {"start": 1.0, "end": 3.0}):
         assert "outside the file, which lasts 2.000 s" in error_of(path, **segment)
-    assert "less than 10 ms" in error_of(path, start=1.0, end=1.005)
+    assert "1 s to 1.005 s is less than 10 ms; correct start and end" in error_of(path, start=1.0, end=1.005)
+    with pytest.raises(AudioError, match="correct start and end"):
+        audio_seconds(path, 1.0, 1.005)
 
 
 def test_the_error_survives_a_worker_process(tmp_path: Path) -> None:

@@ -83,10 +83,11 @@ def test_long_clips_are_split_and_averaged(tiny_lalm, lalm, clips, tmp_path):
 
 
 def test_each_option_has_its_own_store(tiny_lalm):
-    changed = [{"pooling": "audio"}, {"long_clips": "split"}, {"quantization": "4bit"}, {}]
+    changed = [{"pooling": "audio"}, {"pooling": "last:5"}, {"long_clips": "split"}, {"quantization": "4bit"}, {}]
     keys = [Backbone(tiny_lalm, **options).store_key() for options in changed]
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
     assert Backbone(tiny_lalm, device_map="auto").store_key() == Backbone(tiny_lalm).store_key()
+    assert keys[-1]["pooling"] == "last_token"  # as the first stores had it
 
 
 def test_a_device_map_changes_nothing(tiny_lalm, clips):

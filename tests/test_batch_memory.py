@@ -54,6 +54,12 @@ def test_pieces_of_long_clips_are_halved_too(small_gpu, tiny_lalm, tmp_path):
     store = HeadStore(backbone.store_key(), tmp_path, dtype="float32")
     with pytest.warns(UserWarning, match="out of memory with a batch of 4 clips"):
         extract_missing(trainer(), clips, HeadExtraction(backbone, small_gpu), store, batch_size=4)
+
+    def full(_: LALMInputs) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(BackboneError, match="cannot be halved"):
+        run_in_halves(full, inputs, lambda _: None)
     expected_NKD = FrozenLALM.from_pretrained(tiny_lalm, long_clips="split").head_outputs(clips)
     torch.testing.assert_close(store.read(store.clip_keys(clips)), expected_NKD, atol=1e-5, rtol=1e-5)
 
