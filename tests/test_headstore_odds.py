@@ -26,6 +26,18 @@ def test_what_is_no_file_is_named_and_passed_over(tmp_path: Path, kind: str) -> 
         assert HeadStore(KEY, tmp_path).missing(["a", "b", "c"]) == []
 
 
+def test_what_passes_is_no_reason_to_compute_clips_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    two_shards(tmp_path)
+    store = HeadStore(KEY, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(Shard, "open", refuse)
+        store.missing(["a", "b", "c"])
+    assert store.missing(["a", "b", "c"]) == []
+
+
 def test_without_room_to_tidy_everything_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = two_shards(tmp_path)
     before = sorted(store.folder.iterdir())
@@ -83,6 +95,8 @@ def test_a_store_that_goes_away_while_it_is_listed_is_none(tmp_path: Path, monke
     monkeypatch.setattr(HeadStore, "__len__", lambda self: shutil.rmtree(self.folder) or 0)
     (found,) = inventory.list_stores(tmp_path)
     assert (found.folder, found.files) == (store.folder, 0)
+    inventory.tidy(found)
+    inventory.delete(found)
 
 
 def test_a_torn_key_file_is_written_anew(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_verify_finds_damage(tmp_path: Path, stores: dict[str, HeadStore], capsy
 def test_prune_alone_tidies_and_deletes_no_store(tmp_path: Path, stores: dict[str, HeadStore]) -> None:
     folder = stores["fresh"].folder
     (folder / "1-a.safetensors.corrupt").write_bytes(b"x")
+    (folder / ".tmp-of-a-killed-writer").write_bytes(b"x")
+    os.utime(folder / ".tmp-of-a-killed-writer", (0, 0))
     assert run(tmp_path, "prune") == 0
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
     assert left(stores) == {"fresh", "stale", "ancient"}
