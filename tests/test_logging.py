@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import soundfile
 
+from calm_pl.report.run import Prediction, Run
+from calm_pl.run.logging import _mistakes_table
+from tests.conftest import tone
 from tests.test_run import calm, calm_process, options
 
 ONLINE = {"WANDB_MODE": "online", "NETRC": "/nonexistent"}
@@ -123,6 +126,19 @@ def test_wandb_holds_mistakes_to_hear_confusion_and_classifier(wandb_run):
     counts = {(true, guess): count for true, guess, count in json.loads(table.read_text())["data"]}
     for pair in counts:
         assert counts[pair] == sum((row["label"], row["prediction"]) == pair for row in predictions)
+
+
+def test_a_mistake_whose_sound_is_gone_stays_in_the_table(tmp_path):
+    heard = [
+        Prediction(str(tone(tmp_path / "there.wav", 300)), "low", "high", 0.6),
+        Prediction(str(tmp_path / "gone.wav"), "low", "high", 0.9),
+        Prediction(str(tmp_path / "right.wav"), "low", "low", 1.0),
+    ]
+    run = Run(tmp_path, {}, {}, heard, ["high", "low"], None)
+    gone, there = _mistakes_table(run, 8).data
+    assert gone == [None, "low", "high", 0.9, heard[1].path]
+    assert there[1:] == ["low", "high", 0.6, heard[0].path] and there[0].durations([there[0]]) == [0.6]
+    assert _mistakes_table(run, 1).data == [gone]
 
 
 def test_nothing_unasked_goes_to_wandb(wandb_run):
