@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import soundfile
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from calm_pl import CalmClassifier
 
 RATE = 16_000
 ROOT = Path(__file__).parents[1]
@@ -77,3 +81,28 @@ def unbroken(tones: Path, tiny_lalm: str, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("unbroken") / "heads"
     fill(tones, tiny_lalm, root)
     return stored(tones, tiny_lalm, root)
+
+
+@pytest.fixture(scope="session")
+def labelled(tones: Path) -> tuple[list[Path], list[str]]:
+    """The training tones, and what each is."""
+    files = sorted((tones / "train").rglob("*.wav"))
+    return files, [file.parent.name for file in files]
+
+
+@pytest.fixture(scope="session")
+def classifier(labelled: tuple[list[Path], list[str]], tiny_lalm: str) -> CalmClassifier:
+    """Fitted on them."""
+    from calm_pl import CalmClassifier
+
+    return CalmClassifier().fit(*labelled, backbone=tiny_lalm)
+
+
+@pytest.fixture(scope="session")
+def several(labelled: tuple[list[Path], list[str]], tiny_lalm: str) -> CalmClassifier:
+    """A classifier of clips with two labels each, but for one with one."""
+    from calm_pl import CalmClassifier
+    from calm_pl.baselines import SAV
+
+    pitches = [name if n == 0 else (name, "shrill" if name == "high" else "dull") for n, name in enumerate(labelled[1])]
+    return CalmClassifier(SAV(num_heads=5)).fit(labelled[0], pitches, backbone=tiny_lalm)
