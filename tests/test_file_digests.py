@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
     assert not (tmp_path / "digests").exists()
 
 
+def hashed_before(change: Callable[[], object]) -> Callable[[str], str]:
+    """Hashing, at the end of which somebody has changed the file."""
+    hashed = digests._sha256
+
+    def overtaken(file: str) -> str:
+        digest = hashed(file)
+        change()
+        return digest
+
+    return overtaken
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,15 +77,8 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
     path = tmp_path / "new.wav"
     path.write_bytes(b"one")
     time.sleep(0.02)  # a few ticks of the file system's clock
-    hashed = digests._sha256
-
-    def overtaken(file: str) -> str:
-        digest = hashed(file)
-        path.write_bytes(b"two, and longer")  # by somebody who replaces the recordings meanwhile
-        return digest
-
     with monkeypatch.context() as patch:
-        patch.setattr(digests, "_sha256", overtaken)
+        patch.setattr(digests, "_sha256", hashed_before(lambda: path.write_bytes(b"two, and longer")))
         assert file_digest(path, tmp_path) == hashlib.sha256(b"one").hexdigest()
     assert not (tmp_path / "digests").exists()
     assert file_digest(path, tmp_path) == hashlib.sha256(b"two, and longer").hexdigest()
@@ -87,15 +93,13 @@ def test_a_file_that_changes_within_one_tick_is_not_remembered_however_long_read
     stamp = digests._stamp(str(path))
     hashed = digests._sha256
 
-    def slow(file: str) -> str:
-        digest = hashed(file)
+    def change() -> None:
         path.write_bytes(b"two")
         time.sleep(0.1)
-        return digest
 
     with monkeypatch.context() as patch:
         patch.setattr(digests, "_stamp", lambda _: stamp)  # of a file system whose clock stood still meanwhile
-        patch.setattr(digests, "_sha256", slow)
+        patch.setattr(digests, "_sha256", hashed_before(change))
         assert file_digest(path, tmp_path) == hashlib.sha256(b"one").hexdigest()
         patch.setattr(digests, "_sha256", hashed)
         assert file_digest(path, tmp_path) == hashlib.sha256(b"two").hexdigest()
